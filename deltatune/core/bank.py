@@ -1,0 +1,43 @@
+"""Tensors shared between sites: kept once, at the model's root, so that `model.to(...)` cannot split them.
+
+A bank declared without `train` is random, drawn from the adapter's seed and never saved; with `train=True` it is a
+parameter, trained and saved once.
+"""
+
+import zlib
+
+import torch
+from torch import Tensor, nn
+
+from .inits import Init
+
+
+class Bank(nn.Module):
+    """The shared tensors of one adapter, by slot name and shape."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+
+    def claim(self, slot: str, shape: tuple[int, ...], init: Init, train: bool, device: torch.device) -> str:
+        """The key under which `slot` of `shape` is kept; the first claim draws it."""
+        key = f"{slot}_{'x'.join(map(str, shape))}"
+        if key not in self._parameters and key not in self._buffers:
+            # drawn on the CPU, in fp32 and away from the global generator: equal on every device and in every order
+            with torch.random.fork_rng(devices=()), torch.device("cpu"):
+                torch.manual_seed(zlib.crc32(key.encode()) ^ self.seed)
+                value = init(shape)
+            value = value.to(device)
+            if train:
+                self.register_parameter(key, nn.Parameter(value))
+            else:
+                self.register_buffer(key, value, persistent=False)
+        return key
+
+    def tensor(self, key: str) -> Tensor:
+        """The shared tensor itself."""
+        value = self._parameters.get(key)
+        if value is None:
+            value = self._buffers.get(key)
+        assert value is not None, key
+        return value

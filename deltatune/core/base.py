@@ -1,0 +1,232 @@
+"""The frozen layer under a delta: how one (O, I) matrix is seen in it, put back, and used in its place.
+
+`fold` never learns what it sits on. This file alone knows layers and storage:
+
+    nn.Linear          as it is                transformers' Conv1D      transposed
+    nn.Conv2d          (O, I h w)              nn.Embedding              (V, D)
+    fused experts      (E, O, I), by vmap      norms                     a vector of d_out
+"""
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .site import Site
+
+if TYPE_CHECKING:
+    from .method import Delta
+
+
+def transposed(module: nn.Module, param: str = "weight") -> bool:
+    """Is the weight stored (I, O)? transformers' Conv1D does so, and GPT-OSS's experts, which say it themselves."""
+    if hasattr(module, "nf") and not hasattr(module, "in_features"):
+        return True
+    return param != "weight" and bool(getattr(module, "is_transposed", False))
+
+
+def stored(module: nn.Module, site: Site) -> Tensor:
+    """The weight tensor as it is kept, whatever its format."""
+    weight = getattr(module, site.param)
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def quantised(weight: Tensor) -> bool:
+    """Is the weight kept in a format that is no plain floating tensor?"""
+    return not weight.is_floating_point() or type(weight) not in (nn.Parameter, Tensor) and hasattr(weight, "dequantize")
+
+
+def matrix(module: nn.Module, site: Site) -> Tensor:
+    """The site's whole weight as (O, I), (E, O, I) for experts, (O) for norms, in a floating dtype; a view if it can."""
+    weight = stored(module, site)
+    if quantised(weight):
+        if not hasattr(weight, "dequantize"):
+            raise ValueError(f"{site.name}: its weight is kept as {weight.dtype}, which cannot be read as numbers here")
+        weight = weight.dequantize()
+    if transposed(module, site.param):
+        return weight.mT
+    return weight.flatten(1) if site.kind == "conv2d" else weight
+
+
+def bias_of(module: nn.Module, site: Site) -> Tensor | None:
+    """The site's whole bias, or None."""
+    bias = getattr(module, "bias", None) if site.param == "weight" else None
+    return bias if isinstance(bias, Tensor) else None
+
+
+def place_of(module: nn.Module, site: Site) -> tuple[torch.device, torch.dtype]:
+    """Device and floating dtype of the site's computation: accelerate's hooks may keep the weight itself elsewhere."""
+    first = next(module.parameters(), None)
+    if first is None:
+        return torch.device("cpu"), torch.float32
+    device = first.device
+    hook = getattr(module, "_hf_hook", None)
+    if device.type == "meta" and getattr(hook, "execution_device", None) is not None:
+        device = torch.device(hook.execution_device)
+    return device, first.dtype if first.is_floating_point() else torch.float32
+
+
+def rows_of(site: Site) -> list[int]:
+    """The output rows of a slice, in order."""
+    return [i for start, stop in site.rows or () for i in range(start, stop)]
+
+
+def take_rows(t: Tensor, site: Site, dim: int = 0) -> Tensor:
+    """The site's rows of a fused projection's outputs along `dim`."""
+    assert site.rows
+    return torch.cat([t.narrow(dim, start, stop - start) for start, stop in site.rows], dim)
+
+
+def put_rows(whole: Tensor, part: Tensor, site: Site, dim: int = 0) -> Tensor:
+    """`whole` with the site's rows along `dim` replaced by `part`, out of place."""
+    assert site.rows
+    pieces, at, used = [], 0, 0
+    for start, stop in site.rows:
+        pieces += [whole.narrow(dim, at, start - at), part.narrow(dim, used, stop - start)]
+        at, used = stop, used + stop - start
+    pieces.append(whole.narrow(dim, at, whole.shape[dim] - at))
+    return torch.cat(pieces, dim)
+
+
+class Base:
+    """What an init may look at: the site's own (O, I) weight and bias in fp32, read when asked for."""
+
+    def __init__(self, module: nn.Module, site: Site) -> None:
+        self.module, self.site = module, site
+
+    @property
+    def weight(self) -> Tensor:
+        """(O, I), or the vector of a norm; of a slice its own rows."""
+        weight = matrix(self.module, self.site).detach().float()
+        return take_rows(weight, self.site) if self.site.rows else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(O) or None."""
+        bias = bias_of(self.module, self.site)
+        if bias is None:
+            return None
+        bias = bias.detach().float()
+        return take_rows(bias, self.site) if self.site.rows else bias
+
+
+Folded = tuple[Tensor, Tensor | None]
+
+
+def fold_one(delta: "Delta", weight: Tensor, bias: Tensor | None) -> Folded:
+    """`delta.fold` on the whole (O, I) matrix of its module: a slice folds its rows, experts fold each their own."""
+    site = delta.site
+    if site.rows:
+        part, part_bias = delta.fold(take_rows(weight, site), None if bias is None else take_rows(bias, site))
+        whole_bias = None
+        if part_bias is not None:
+            whole_bias = put_rows(weight.new_zeros(weight.shape[0]) if bias is None else bias, part_bias, site)
+        return put_rows(weight, part, site), whole_bias if part_bias is not None else bias
+    if site.kind == "experts":
+        state = {**dict(delta.named_parameters()), **dict(delta.named_buffers())}
+
+        def each(tensors: dict[str, Tensor], w: Tensor) -> Tensor:
+            folded: Folded = torch.func.functional_call(delta, tensors, (w, None))
+            return folded[0]
+
+        out = torch.func.vmap(each, randomness="different")(state, weight)
+        assert isinstance(out, Tensor)
+        return out, bias
+    return delta.fold(weight, bias)
+
+
+def folded(module: nn.Module, deltas: Sequence["Delta"]) -> Folded:
+    """The module's weight and bias after the chain of folds, innermost first; fp32 where any delta is."""
+    site = deltas[0].site
+    weight, bias = matrix(module, site), bias_of(module, site)
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        weight, bias = weight.float(), None if bias is None else bias.float()
+    for delta in deltas:
+        weight, bias = fold_one(delta, weight, bias)
+    return weight, bias
+
+
+def restored(module: nn.Module, site: Site, weight: Tensor) -> Tensor:
+    """A folded (O, I) matrix in the layout of the module's own weight."""
+    if transposed(module, site.param):
+        return weight.mT
+    if site.kind == "conv2d":
+        return weight.view(getattr(module, site.param).shape)
+    return weight
+
+
+def apply(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    deltas: Sequence["Delta"],
+    x: Tensor,
+    rest: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """The module's own `forward` with its weight replaced by the folded one: the weight path, for every kind of site."""
+    site = deltas[0].site
+    if len({d.site.param for d in deltas}) == 1:
+        weight, bias = folded(module, deltas)
+        replaced: dict[str, Tensor | None] = {site.param: restored(module, site, weight)}
+        if bias is not None or bias_of(module, site) is not None:
+            replaced["bias"] = bias
+    else:  # several fused weights of one experts module
+        replaced = {}
+        for param in dict.fromkeys(d.site.param for d in deltas):
+            own = [d for d in deltas if d.site.param == param]
+            replaced[param] = restored(module, own[0].site, folded(module, own)[0])
+    dtype = x.dtype if x.is_floating_point() else place_of(module, site)[1]
+    replaced = {k: None if v is None else v.to(dtype) for k, v in replaced.items()}
+    if site.kind == "linear":  # nothing but a matrix product, also on quantised storage
+        weight = replaced[site.param]  # type: ignore[assignment]
+        weight = weight.mT if transposed(module, site.param) else weight
+        return F.linear(x, weight, replaced.get("bias", bias_of(module, site)))
+    if "bias" in replaced and bias_of(module, site) is None and "bias" not in module._parameters:
+        raise ValueError(f"{site.name}: {type(module).__name__} has no bias, and its forward could not use one")
+    # a bare stand-in with the same attributes: the module itself is never touched, so threads and recomputation are safe
+    stand_in = module.__class__.__new__(module.__class__)
+    stand_in.__dict__.update(module.__dict__, _parameters={**module._parameters, **replaced})
+    return forward(stand_in, x, *rest, **kwargs)
+
+
+@torch.no_grad()
+def write(module: nn.Module, site: Site, weight: Tensor, bias: Tensor | None) -> None:
+    """Put a folded weight and bias into the module for good. Raises ValueError where the module has no place for it."""
+    kept = stored(module, site)
+    if quantised(kept):
+        raise ValueError(f"{site.name}: its weight is kept as {type(kept).__name__}; dequantise the base before merging")
+    own = bias_of(module, site)
+    if bias is not None and own is None and site.kind not in ("linear", "conv2d", "norm"):
+        raise ValueError(f"{site.name}: a {site.kind} has no bias to merge into")
+    if bias is not None and own is None and "bias" not in module._parameters:
+        raise ValueError(f"{site.name}: {type(module).__name__} has no bias to merge into")
+    kept.copy_(restored(module, site, weight))
+    if bias is not None and own is None:
+        module.bias = nn.Parameter(bias.to(kept.dtype), requires_grad=False)
+    elif bias is not None and own is not None:
+        own.copy_(bias)
+
+
+def snapshot(module: nn.Module, site: Site) -> SimpleNamespace:
+    """The module's weight and bias, bit for bit, on the CPU: what `write_back` restores."""
+    bias = bias_of(module, site)
+    return SimpleNamespace(
+        weight=stored(module, site).detach().to("cpu", copy=True),
+        bias=None if bias is None else bias.detach().to("cpu", copy=True),
+    )
+
+
+@torch.no_grad()
+def write_back(module: nn.Module, site: Site, kept: SimpleNamespace) -> None:
+    """Restore a snapshot exactly, a bias that merging added included."""
+    stored(module, site).copy_(kept.weight)
+    bias = bias_of(module, site)
+    if kept.bias is not None:
+        assert bias is not None
+        bias.copy_(kept.bias)
+    elif bias is not None:
+        module.bias = None

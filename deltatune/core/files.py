@@ -1,0 +1,124 @@
+"""Files that cannot lie: written whole or not at all, and checked against the backbone before anything is changed."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save as save_bytes
+from torch import Tensor
+
+from .site import Site
+
+FORMAT = 1
+WEIGHTS, CARD = "adapter.safetensors", "adapter.json"
+FINGERPRINT = "base.fingerprint"
+N_FINGERPRINT = 4096
+
+_FIELDS = {
+    "format", "deltatune", "tree", "head", "sites", "in_place", "backbone", "site_table", "n_params", "n_head", "seed",
+    "sha256",
+}  # fmt: skip
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write through a temporary file beside `path`, fsync and rename: readers see the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_adapter(folder: str | os.PathLike[str], card: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write both files of an adapter; the card holds the hash of the weights, so that a mixed pair is found out."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; an adapter is saved into a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    data = save_bytes({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, {"format": "pt"})
+    card = {**card, "sha256": hashlib.sha256(data).hexdigest()}
+    write_atomic(folder / WEIGHTS, data)
+    write_atomic(folder / CARD, (json.dumps(card, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The card and the tensors. Raises ValueError naming the file and what is wrong with it."""
+    folder = Path(folder)
+    for name in (CARD, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is no adapter: it has no {name}")
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / CARD} is damaged: {error}") from None
+    if not isinstance(card, dict) or "format" not in card:
+        raise ValueError(f"{folder / CARD} is not an adapter's card: it has no 'format'")
+    if card["format"] != FORMAT:
+        raise ValueError(f"{folder / CARD} has format {card['format']}; this version reads format {FORMAT}")
+    odd = sorted(card.keys() ^ _FIELDS)
+    if odd:
+        raise ValueError(f"{folder / CARD}: {'unknown' if odd[0] in card else 'missing'} field {odd[0]!r}")
+    data = (folder / WEIGHTS).read_bytes()
+    try:
+        tensors = load_bytes(data)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged ({len(data)} bytes): {error}") from None
+    if hashlib.sha256(data).hexdigest() != card["sha256"]:
+        raise ValueError(f"{folder / WEIGHTS} is not the file that {CARD} describes: its hash differs")
+    return card, tensors
+
+
+def check_keys(where: str, want: Mapping[str, tuple[int, ...]], have: Mapping[str, Tensor]) -> None:
+    """Raise one ValueError with every missing, unexpected and mis-sized tensor."""
+    problems = [f"missing {k}" for k in want if k not in have]
+    problems += [f"unexpected {k}" for k in have if k not in want]
+    problems += [
+        f"{k} is {tuple(have[k].shape)}, here it must be {shape}"
+        for k, shape in want.items()
+        if k in have and tuple(have[k].shape) != shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ValueError(f"{where} does not fit this model: {shown}")
+
+
+def table_hash(table: Sequence[Site]) -> str:
+    """A hash of the backbone's site table: names, kinds and sizes; heads are left out, since they differ by task."""
+    rows = [f"{s.name} {s.kind} {s.d_in} {s.d_out}" for s in table if s.role not in ("head", "lm_head")]
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """4,096 values at fixed positions of `tensors` (a backbone's embeddings, norms and biases), in bf16; None on meta.
+
+    Every tensor gives an equal share, at positions drawn from its size alone, so that fp32, bf16 and quantised loads of
+    one backbone agree and another backbone of the same shape does not.
+    """
+    if not tensors or any(t.device.type == "meta" for t in tensors.values()):
+        return None
+    share = -(-N_FINGERPRINT // len(tensors))
+    picked = []
+    for name in sorted(tensors):
+        flat = tensors[name].detach().reshape(-1)
+        generator = torch.Generator().manual_seed(flat.numel())
+        at = torch.randint(flat.numel(), (share,), generator=generator)
+        picked.append(flat[at.to(flat.device)].to("cpu", torch.bfloat16))
+    return torch.cat(picked)[:N_FINGERPRINT]
+
+
+def same_base(one: Tensor, other: Tensor) -> bool:
+    """Do two fingerprints agree within bf16's rounding?"""
+    if one.shape != other.shape:
+        return False
+    a, b = one.float(), other.float()
+    return bool(((a - b).abs() <= 2**-7 * torch.maximum(a.abs(), b.abs()) + 1e-30).all())

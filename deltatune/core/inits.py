@@ -1,0 +1,56 @@
+"""How a tensor starts: `init(shape, base=..., delta=...) -> Tensor`, drawn on the current default device.
+
+`base` is the site's frozen layer as seen by `core.base` (`base.weight` (O, I) and `base.bias`, both fp32), `delta` the
+delta being built, with its hyperparameters and the tensors declared before this one.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Init = Callable[..., Tensor]
+
+
+def zeros(shape: tuple[int, ...], **_: Any) -> Tensor:
+    """0"""
+    return torch.zeros(shape)
+
+
+def ones(shape: tuple[int, ...], **_: Any) -> Tensor:
+    """1"""
+    return torch.ones(shape)
+
+
+def kaiming(shape: tuple[int, ...], **_: Any) -> Tensor:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the start of `nn.Linear`."""
+    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
+
+
+def normal(std: float = 0.02) -> Init:
+    """N(0, std^2)"""
+
+    def init(shape: tuple[int, ...], **_: Any) -> Tensor:
+        return torch.empty(shape).normal_(0.0, std)
+
+    return init
+
+
+def truncated(std: float = 0.01) -> Init:
+    """N(0, std^2), redrawn outside two standard deviations."""
+
+    def init(shape: tuple[int, ...], **_: Any) -> Tensor:
+        return nn.init.trunc_normal_(torch.empty(shape), std=std, a=-2 * std, b=2 * std)
+
+    return init
+
+
+def constant(value: float | str) -> Init:
+    """A number, or the hyperparameter of that name."""
+
+    def init(shape: tuple[int, ...], *, delta: Any, **_: Any) -> Tensor:
+        return torch.full(shape, float(getattr(delta, value) if isinstance(value, str) else value))
+
+    return init

@@ -1,0 +1,398 @@
+"""A method, declared: hyperparameters are fields with a default and a comment, tensors are `param("r d_in")`.
+
+    class LoRA(Method, name="lora"):
+        \"\"\"W' = W + (alpha / r) B A, with B = 0 at the start.\"\"\"
+
+        paper = "2106.09685"
+        r: int = 8
+        alpha: float = 16.0
+        a: Tensor = param("r d_in", kaiming)
+        b: Tensor = param("d_out r")
+
+        def fold(self, weight, bias):
+            return weight + self.alpha / self.r * (self.b @ self.a), bias
+
+The contract is five words, all optional, all pure: `fold`, `pre`, `post`, `kv`, `tokens`, and `linear` for speed. From
+the declaration come allocation, the parameter count, the file layout, the command line and the docs. Calling the class
+gives a leaf of a tree (`dt.LoRA(r=16)`); `attach` makes the deltas, one per site.
+"""
+
+import inspect
+import io
+import math
+import textwrap
+import tokenize
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields, make_dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, dataclass_transform
+
+import torch
+from torch import Tensor, nn
+
+from . import shapes
+from .bank import Bank
+from .base import Base, place_of
+from .compose import Leaf, Where, meet_fold, meet_post
+from .errors import unknown
+from .inits import Init, kaiming, zeros
+from .site import Site
+
+if TYPE_CHECKING:
+    from .runtime import Call, Frame
+    from .schedule import Schedule
+
+METHODS: "dict[str, type[Method]]" = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One declared tensor: its shape in named dimensions, how it starts, whether it is trained and whether shared."""
+
+    shape: str
+    init: Init
+    train: bool
+    shared: bool = False
+
+
+def param(shape: str, init: Init = zeros) -> Any:
+    """A trained tensor."""
+    return Slot(shape, init, train=True)
+
+
+def fixed(shape: str, init: Init) -> Any:
+    """A tensor that is saved and not trained."""
+    return Slot(shape, init, train=False)
+
+
+def bank(shape: str, init: Init = kaiming, *, train: bool = False) -> Any:
+    """A tensor shared by every site of one shape: random from the seed and never saved, or trained and saved once."""
+    return Slot(shape, init, train=train, shared=True)
+
+
+class Delta(nn.Module):
+    """What stands at a site: a method's state there, or several that meet."""
+
+    site: Site
+    on: bool = True
+    has_pre: bool = False
+    has_post: bool = False
+    has_fold: bool = False
+    has_linear: bool = False
+    has_kv: bool = False
+    has_tokens: bool = False
+    reads_call: bool = False
+    fast: bool = False  # run in activation space here
+    frame: "Frame"
+    tap: str = ""  # a span's: under which key the entry leaves its input
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The adapted (O, I) weight and (O) bias, out of place. Defining it is what makes a method mergeable."""
+        raise NotImplementedError
+
+    def pre(self, x: Tensor) -> Tensor:
+        """The site's input (..., I), adapted."""
+        return x
+
+    def post(self, y: Tensor, x: Tensor) -> Tensor:
+        """The site's output (..., O), adapted; `x` is the input that it came from."""
+        return y
+
+    def linear(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+        """The whole layer at once, for a delta alone at a linear site; equal to `post(base(x), x)`."""
+        raise NotImplementedError
+
+    def kv(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B or 1, H_kv, P, D) to put in front of the attention's own (B, H_kv, T, D)."""
+        raise NotImplementedError
+
+    def tokens(self, batch: Tensor) -> Tensor:
+        """(B, P, D) to put in front of the model's embedded input `batch` (B, T, D)."""
+        raise NotImplementedError
+
+    def forward(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """`fold`, under the name that `torch.func.functional_call` calls: fused experts run it by vmap."""
+        return self.fold(weight, bias)
+
+
+_WORDS = ("pre", "post", "fold", "linear", "kv", "tokens")
+_WEIGHTS = frozenset({"linear", "conv2d", "embedding", "experts"})
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(param, fixed, bank))
+class Method(Delta):
+    """One idea. A subclass with a name is final, enters the registry, and has no `__init__`."""
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""  # arXiv id, or where else it is published
+    category: ClassVar[str] = ""  # of the survey: baseline, additive, partial, reparameterized, ...
+    where: ClassVar[str] = "q,v"  # default place
+    kinds: ClassVar[frozenset[str]] = frozenset()  # the kinds of site it can sit on; by default what its words allow
+    fast_kinds: ClassVar[frozenset[str]] = frozenset({"linear"})  # weight kinds on which pre and post mean the same
+    limits: ClassVar[Mapping[str, str]] = {}  # hyperparameter -> its largest value, in the language of shapes
+    lr: ClassVar[tuple[float, float]] = (1e-4, 1e-2)  # range of learning rates (AdamW) that the paper and its users take
+    in_place: ClassVar[bool] = False  # trains the base's own parameters
+    schedule: ClassVar["type[Schedule] | None"] = None
+    exceptions: ClassVar[Mapping[str, str]] = {}  # contract check -> why this method is exempt
+    slots: ClassVar[dict[str, Slot]] = {}
+    Config: ClassVar[type]
+    config: Any
+
+    def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        notes = inspect.get_annotations(cls)
+        own = {k: cls.__dict__.get(k, MISSING) for k in (*notes, *(k for k, v in vars(cls).items() if isinstance(v, Slot)))}
+        own = {k: v for k, v in own.items() if "ClassVar" not in str(notes.get(k, ""))}
+        cls.slots = {**cls.slots, **{k: v for k, v in own.items() if isinstance(v, Slot)}}
+        hyper: list[Any] = [(f.name, f.type, f.default) for f in fields(cls.Config)] if hasattr(cls, "Config") else []
+        for k, v in own.items():
+            if isinstance(v, Slot):
+                delattr(cls, k)
+            elif k not in Delta.__annotations__ and k not in Method.__annotations__:
+                if v is MISSING:
+                    raise TypeError(f"{cls.__name__}.{k}: a hyperparameter needs a default")
+                hyper.append((k, notes[k], v))
+        cls.Config = make_dataclass(f"{cls.__name__}Config", hyper, frozen=True, kw_only=True)
+        cls.Config.__module__, cls.Config.__qualname__ = cls.__module__, f"{cls.__qualname__}.Config"  # where pickle looks
+        for word in _WORDS:
+            setattr(cls, f"has_{word}", getattr(cls, word) is not getattr(Delta, word))
+        for key, slot in cls.slots.items():
+            shapes.parse(slot.shape)
+            if slot.shared:
+                setattr(cls, key, property(lambda self, key=key: self._bank[0].tensor(self._bank[1][key])))
+        if not cls.kinds:
+            cls.kinds = (
+                _WEIGHTS if cls.has_fold
+                else frozenset({"attention"}) if cls.has_kv
+                else frozenset({"input"}) if cls.has_tokens
+                else frozenset({"linear"})
+            )  # fmt: skip
+        if name:
+            if name in METHODS and _defined(METHODS[name]) != _defined(cls):
+                raise ValueError(f"two methods are named {name!r}: {_defined(METHODS[name])} and {_defined(cls)}")
+            cls.name = name
+            METHODS[name] = cls
+
+    def __new__(cls, *, where: "Where | list[str]" = None, layers: Any = None, **hyper: Any) -> Leaf:  # type: ignore[misc]
+        """A leaf: this method with its hyperparameters and its place."""
+        if not cls.name:
+            raise TypeError(f"{cls.__name__} has no name: it is the common part of other methods")
+        return Leaf(cls, cls.configure(**hyper), tuple(where) if isinstance(where, list) else where, layer_numbers(layers))
+
+    @classmethod
+    def configure(cls, **hyper: Any) -> Any:
+        """The hyperparameters, checked. Raises ValueError with the nearest name, or where a value has another type."""
+        known = {f.name: f for f in fields(cls.Config)}
+        for key, value in hyper.items():
+            if key not in known:
+                raise unknown(f"hyperparameter of {cls.name}", key, known)
+            hyper[key] = _typed(cls.name, key, value, known[key].type)
+        return cls.Config(**hyper)
+
+    @classmethod
+    def fits(cls, config: Any, site: Site) -> bool:
+        """Is this one of the selected sites that the method means? By default all are."""
+        return True
+
+    @classmethod
+    def make(cls, config: Any, site: Site, module: nn.Module, shared: Bank) -> "Method":
+        """Build the delta of one site. Raises ValueError naming the site and the number that does not fit."""
+        self = cls.blank()
+        nn.Module.__init__(self)
+        for f in fields(config):
+            object.__setattr__(self, f.name, getattr(config, f.name))
+        self.config, self.site = config, site
+        self.__dict__["_bank"] = (shared, {})
+        weighted = site.kind in _WEIGHTS or site.kind == "norm"
+        self.fast = (self.has_pre or self.has_post) and (not weighted or site.kind in cls.fast_kinds)
+        if site.rows and self.has_pre and self.fast:
+            self.fast = False  # a slice of a fused projection has no input of its own
+        if weighted and not self.fast and not self.has_fold:
+            what = "a slice of a fused projection" if site.rows else f"a {site.kind}"
+            raise ValueError(f"{site.name}: {cls.name} cannot sit on {what}")
+        device, dtype = place_of(module, site)
+        keep = torch.float64 if dtype == torch.float64 else torch.float32
+        with torch.device(device):
+            try:
+                self.build(Base(module, site), keep)
+            except ValueError as error:
+                raise ValueError(f"{site.name}: {cls.name}: {error}") from None
+        return self
+
+    @classmethod
+    def blank(cls) -> "Method":
+        """An instance without state, for `make` and for unpickling."""
+        return object.__new__(cls)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, (type(self),), self.__dict__
+
+    def build(self, base: Base, dtype: torch.dtype) -> None:
+        """Allocate the declared tensors on the current device. Odd methods override it and make ordinary modules."""
+        dims = self.dims(base)
+        self.check_limits(dims)
+        lead = (self.site.n_experts,) if self.site.kind == "experts" else ()
+        for key, slot in self.slots.items():
+            shape = shapes.sizes(slot.shape, dims)
+            if slot.shared:
+                device = torch.empty(0).device
+                self._bank[1][key] = self._bank[0].claim(key, shape, slot.init, slot.train, device)
+                continue
+            if lead:
+                value = torch.stack([slot.init(shape, base=base, delta=self) for _ in range(lead[0])])
+            else:
+                value = slot.init(shape, base=base, delta=self)
+            if tuple(value.shape) != (*lead, *shape):
+                raise ValueError(f"the init of {key} gave {tuple(value.shape)}, declared as {slot.shape!r} = {shape}")
+            value = value.detach().to(dtype) if value.is_floating_point() else value.detach()
+            if slot.train:
+                self.register_parameter(key, nn.Parameter(value))
+            else:
+                self.register_buffer(key, value)
+
+    def dims(self, base: Base) -> dict[str, Any]:
+        """The names that shape strings may use: the site's sizes and every numeric hyperparameter."""
+        numbers = {f.name: getattr(self, f.name) for f in fields(self.config)}
+        sizes = {"d_in": self.site.d_in, "d_out": self.site.d_out, "n_kv_heads": self.site.n_kv_heads, "d_head": self.site.d_head}
+        return sizes | {k: v for k, v in numbers.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+
+    def check_limits(self, dims: Mapping[str, Any]) -> None:
+        """Raise ValueError where a hyperparameter that is a size is below 1 or above its declared limit."""
+        for key, limit in self.limits.items():
+            (most,) = shapes.sizes(limit, dims)
+            if not 1 <= dims[key] <= most:
+                raise ValueError(f"{key} = {dims[key]}, but it must lie between 1 and {limit} = {most}")
+
+    @property
+    def call(self) -> "Call":
+        """The record of the forward that is running. Raises ValueError outside the model's own forward."""
+        if self.frame.call is None:
+            raise ValueError(
+                f"{self.site.name}: {self.name} reads the call's masks and ids, but the model's own forward is not "
+                f"running; call the model that the adapter was attached to"
+            )
+        return self.frame.call
+
+    @classmethod
+    def mergeable(cls) -> bool:
+        """Can it be folded into the weight?"""
+        return cls.has_fold
+
+    @classmethod
+    def count(cls) -> str:
+        """The trained parameters at one site, as a formula in the site's sizes and the hyperparameters."""
+        terms = ["*".join(d.text for d in shapes.parse(s.shape)) or "1" for s in cls.slots.values() if s.train and not s.shared]
+        return " + ".join(terms) or ("the base's own" if cls.in_place else "0")
+
+    @classmethod
+    def hyperparameters(cls) -> list[tuple[str, str, Any, str]]:
+        """(name, type, default, comment) of each, in order."""
+        comments = _comments(cls)
+        return [
+            (f.name, getattr(f.type, "__name__", str(f.type).replace("typing.", "")), f.default, comments.get(f.name, ""))
+            for f in fields(cls.Config)
+        ]
+
+
+class Meet(Delta):
+    """Several deltas that meet at one site under a node of the tree."""
+
+    def __init__(self, op: str, parts: list[Delta]) -> None:
+        super().__init__()
+        self.op, self.site = op, parts[0].site
+        self.parts = nn.ModuleList(parts)
+        self.has_fold = all(p.has_fold for p in parts)
+        self.has_post = all(p.fast and not p.has_pre for p in parts)
+        self.has_kv = any(p.has_kv for p in parts)
+        self.has_tokens = any(p.has_tokens for p in parts)
+        self.reads_call = any(p.reads_call for p in parts)
+        self.fast = self.has_post
+        if not (self.has_fold or self.has_post or self.has_kv or self.has_tokens):
+            names = ", ".join(getattr(p, "name", type(p).__name__) for p in parts)
+            raise ValueError(
+                f"{self.site.name}: {names} cannot meet in {op}: one changes the site's input and has no fold; "
+                f"put them side by side with Stack at the top of the tree, or at different sites"
+            )
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The node over its parts in weight space."""
+        return meet_fold(self.op, list(self.parts), weight, bias)  # type: ignore[arg-type]
+
+    def post(self, y: Tensor, x: Tensor) -> Tensor:
+        """The node over its parts in activation space."""
+        from .runtime import cast
+
+        return meet_post(self.op, list(self.parts), y, x, lambda part, y, x: cast(part, y.dtype).post(y, x))  # type: ignore[arg-type]
+
+    def kv(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The parts' keys and values, one behind the other."""
+        from .runtime import cast
+
+        pairs = [cast(p, key.dtype).kv(key, value) for p in self.parts if p.has_kv]
+        b = max(k.shape[0] for k, _ in pairs)
+        keys, values = ([t.expand(b, -1, -1, -1) for t in ts] for ts in zip(*pairs, strict=True))
+        return torch.cat(keys, 2), torch.cat(values, 2)
+
+    def tokens(self, batch: Tensor) -> Tensor:
+        """The parts' tokens, one behind the other."""
+        from .runtime import cast
+
+        return torch.cat([cast(p, batch.dtype).tokens(batch) for p in self.parts if p.has_tokens], 1)
+
+
+def _blank(cls: type[Method]) -> Method:
+    return cls.blank()
+
+
+def _defined(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def layer_numbers(layers: Any) -> int | tuple[int, ...] | None:
+    """Layers as plain data: None, a number, or a tuple of numbers."""
+    if layers is None or isinstance(layers, int) and not isinstance(layers, bool):
+        return layers
+    try:
+        numbers = tuple(layers)
+    except TypeError:
+        raise ValueError(f"layers must be a number, a range or a list of numbers, not {layers!r}") from None
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+        raise ValueError(f"layers must be a number, a range or a list of numbers, not {layers!r}")
+    return numbers
+
+
+def _typed(method: str, key: str, value: Any, kind: Any) -> Any:
+    options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    for option in options:
+        if typing.get_origin(option) is Literal and value in typing.get_args(option):
+            return value
+        if option in (None, type(None)) and value is None:
+            return value
+        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+        if isinstance(option, type) and isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+            return value
+    wanted = getattr(kind, "__name__", str(kind).replace("typing.", ""))
+    raise ValueError(f"{method}: {key} must be {wanted}, not {value!r}")
+
+
+def _comments(cls: type) -> dict[str, str]:
+    """The comment behind each field of the class's source; none where the source is not there."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if base in (object, nn.Module, Delta, Method):
+            continue
+        try:
+            source = textwrap.dedent(inspect.getsource(base))
+        except (OSError, TypeError):
+            continue
+        field = ""
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.NAME and token.start[1] == 4:
+                field = token.string
+            elif token.type == tokenize.COMMENT and field:
+                found[field] = token.string.lstrip("# ")
+            elif token.type == tokenize.NEWLINE:
+                field = ""
+    return found

@@ -1,0 +1,371 @@
+"""How deltas run: the layer keeps its class, its name and its keys, and gains one child, `deltas`.
+
+`module.__class__` becomes a cached subclass of the module's own class with another `forward`. The original class is
+recorded there and never inferred: others swap classes too (FSDP2, parametrize), and what is no longer ours is refused.
+
+Stacked deltas are an onion: `x` goes through `pre` from the outermost inwards, each `post` receives the `x` that its own
+`pre` returned, and a fold-only delta pulls everything inside it onto the weight path.
+
+What one forward knows (masks, ids) is the frozen `Call`, kept on the `Frame` of the attached model while its forward
+runs; a block hands it through gradient checkpointing as an argument, so that the recomputation sees the same one.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import base
+from .method import Delta
+
+# package -> what to do once it is loaded and a model is attached or unpickled; `deltatune/__init__.py` fills it
+INTEGRATIONS: dict[str, Callable[[], None]] = {}
+
+
+def integrate() -> None:
+    """Let the integrations of loaded packages install themselves; each does so once."""
+    for package, install in INTEGRATIONS.items():
+        if package in sys.modules:
+            install()
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One forward of the attached model: what a method may read besides its tensors. None where it was not given."""
+
+    input_ids: Tensor | None = None  # (B, T)
+    attention_mask: Tensor | None = None  # (B, T), 1 for real tokens
+    position_ids: Tensor | None = None
+    decoder_input_ids: Tensor | None = None
+    decoder_attention_mask: Tensor | None = None
+    adapter_ids: Tensor | None = None  # (B), which adapter a row asks for
+    task_ids: Tensor | None = None  # (B)
+
+    def mask(self, stack: str = "") -> Tensor | None:
+        """The (B, T) attention mask on that side of an encoder-decoder, or of the only side."""
+        return self.decoder_attention_mask if stack == "decoder" else self.attention_mask
+
+    def ids(self, stack: str = "") -> Tensor | None:
+        """The (B, T) input ids on that side of an encoder-decoder, or of the only side."""
+        return self.decoder_input_ids if stack == "decoder" else self.input_ids
+
+
+CALL_FIELDS = tuple(Call.__dataclass_fields__)
+OWN_FIELDS = ("adapter_ids", "task_ids")  # the model's own forward knows nothing of these
+
+
+@dataclass(slots=True)
+class Frame:
+    """What the deltas of one model share while a forward runs; empty between calls."""
+
+    call: Call | None = None
+    stash: dict[str, Tensor] = field(default_factory=dict)  # the inputs of spans, from entry to exit
+    readers: int = 0  # deltas that read the call
+    wanted: frozenset[str] = frozenset()  # of OWN_FIELDS, those that some delta reads
+
+
+class _Cast:
+    """A delta seen with its small floating tensors in the activations' dtype; `x` itself is never cast up."""
+
+    __slots__ = ("delta", "dtype")
+
+    def __init__(self, delta: Delta, dtype: torch.dtype) -> None:
+        self.delta, self.dtype = delta, dtype
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.delta, name)
+        if isinstance(value, Tensor):
+            return value.to(self.dtype) if value.is_floating_point() else value
+        function = getattr(value, "__func__", None)
+        if function is not None and getattr(value, "__self__", None) is self.delta:
+            return functools.partial(function, self)
+        return value
+
+
+def cast(delta: Delta, dtype: torch.dtype) -> Any:
+    """`delta` for activations of `dtype`: itself where its tensors have that dtype already, else a casting view."""
+    if not dtype.is_floating_point:
+        return delta
+    own = torch.float32  # of a delta that has no parameter itself: what it reads from a bank is fp32
+    for tensor in delta._parameters.values():  # its first; no generator, which would break a compiled graph
+        if tensor is not None:
+            own = tensor.dtype
+            break
+    return delta if own == dtype else _Cast(delta, dtype)
+
+
+def post(delta: Delta, y: Tensor, x: Tensor) -> Tensor:
+    """One delta's `post`, on its own rows of a fused projection, with a span's own input."""
+    if delta.tap:
+        try:
+            x = delta.frame.stash.pop(delta.tap)
+        except KeyError:
+            raise ValueError(f"{delta.site.name}: {delta.site.entry} did not run before {delta.site.module}") from None
+    seen = cast(delta, y.dtype)
+    if delta.site.rows:
+        part = seen.post(base.take_rows(y, delta.site, -1), x)
+        return base.put_rows(y, part, delta.site, -1)
+    out = seen.post(y, x)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def adapted(
+    module: nn.Module, forward: Callable[..., Any], first: str, live: Sequence[Delta], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """One site's forward under its live deltas, innermost first."""
+    if args:
+        x, rest = args[0], args[1:]
+    elif first in kwargs:
+        kwargs = dict(kwargs)
+        x, rest = kwargs.pop(first), ()
+    else:
+        return forward(module, *args, **kwargs)  # its own error for a call without input
+    if len(live) == 1 and live[0].has_linear and live[0].site.kind == "linear" and not rest and not kwargs and not live[0].site.rows:
+        delta = live[0]
+        weight = module._parameters.get(delta.site.param)
+        if weight is None or not hasattr(weight, "full_tensor"):  # sharded weights take the general path
+            return cast(delta, x.dtype).linear(x, functools.partial(forward, module))
+    cut = 0
+    for i, delta in enumerate(live, 1):
+        if delta.has_fold and not delta.fast:
+            cut = i
+    inner, outer = live[:cut], live[cut:]
+    seen = []
+    for delta in reversed(outer):
+        if delta.has_pre:
+            x = cast(delta, x.dtype).pre(x)
+        seen.append(x)
+    y = base.apply(module, forward, inner, x, rest, kwargs) if inner else forward(module, x, *rest, **kwargs)
+    if not any(delta.has_post for delta in outer):
+        return y
+    head = y[0] if isinstance(y, tuple) else y
+    for delta, own in zip(outer, reversed(seen), strict=True):
+        if delta.has_post and delta.fast:
+            head = post(delta, head, own)
+    return (head, *y[1:]) if isinstance(y, tuple) else head
+
+
+class Tap(Delta):
+    """Stands at a span's entry and leaves the input there for the delta at its exit."""
+
+    has_pre = True
+    fast = True
+
+    def __init__(self, owner: Delta) -> None:
+        super().__init__()
+        self.site = owner.site
+        self.__dict__["owner"] = owner  # not a child: the owner lives at the exit
+
+    @property
+    def on(self) -> bool:  # type: ignore[override]
+        """As its owner is."""
+        owner = self.__dict__["owner"]
+        assert isinstance(owner, Delta)
+        return owner.on
+
+    def pre(self, x: Tensor) -> Tensor:
+        """Leave `x` for the owner; the exit takes it away again."""
+        owner = self.__dict__["owner"]
+        owner.frame.stash[owner.tap] = x
+        return x
+
+
+# A layer of behaviour: given the original class and the forward so far, the next forward; it may add to the namespace.
+Layer = Callable[[type, Callable[..., Any], dict[str, Any]], Callable[..., Any]]
+LAYERS: dict[str, Layer] = {}
+ROOT_LAYERS: dict[str, Callable[[nn.Module], bool]] = {}  # layers of the attached model itself, and which models take them
+
+
+def layer(name: str) -> Callable[[Layer], Layer]:
+    """Register a layer; they apply in the order of registration."""
+
+    def register(function: Layer) -> Layer:
+        LAYERS[name] = function
+        return function
+
+    return register
+
+
+@layer("site")
+def site_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any]) -> Callable[..., Any]:
+    """The deltas at this module."""
+    first = input_name(cls)
+
+    @functools.wraps(forward)
+    def site_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        live = [d for d in self.deltas.values() if d.on]  # type: ignore[operator, union-attr]
+        return adapted(self, forward, first, live, args, kwargs) if live else forward(self, *args, **kwargs)
+
+    return site_forward
+
+
+@layer("block")
+def block_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any]) -> Callable[..., Any]:
+    """A block that carries the call through gradient checkpointing: in as an argument, out of it again inside."""
+
+    @functools.wraps(forward)
+    def block_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if "_deltatune_call" not in kwargs:
+            return forward(self, *args, **kwargs)
+        frame: Frame = self.__dict__["_deltatune_frame"]
+        before, frame.call = frame.call, kwargs.pop("_deltatune_call")
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            frame.call = before
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = self.__dict__["_deltatune_frame"].call
+        if call is not None:
+            kwargs["_deltatune_call"] = call
+        return cls.__call__(self, *args, **kwargs)  # type: ignore[operator]
+
+    namespace["__call__"] = __call__
+    return block_forward
+
+
+@layer("root")
+def root_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any]) -> Callable[..., Any]:
+    """The attached model itself: it keeps the call while its forward runs."""
+    names = [p.name for p in inspect.signature(cls.forward).parameters.values()][1:]  # type: ignore[attr-defined]
+
+    @functools.wraps(forward)
+    def root_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        frame: Frame = self.__dict__["_deltatune"].frame
+        given = [n for n in OWN_FIELDS if kwargs.get(n) is not None and n not in names]
+        for name in given:
+            if name not in frame.wanted:
+                raise ValueError(f"{name} was given, but no attached method reads it")
+        if not frame.readers:
+            return forward(self, *args, **kwargs)
+        own = {n: kwargs.pop(n) for n in given}
+        known = {**dict(zip(names, args, strict=False)), **kwargs, **own}
+        before = frame.call
+        frame.call = Call(**{n: v for n in CALL_FIELDS if isinstance(v := known.get(n), Tensor)})
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            frame.call = before
+            frame.stash.clear()
+
+    return root_forward
+
+
+@functools.lru_cache(maxsize=None)
+def input_name(cls: type) -> str:
+    """The name of the first argument of the class's own forward."""
+    names = list(inspect.signature(cls.forward).parameters)  # type: ignore[attr-defined]
+    return names[1] if len(names) > 1 else ""
+
+
+_classes: dict[tuple[type, tuple[str, ...]], type] = {}
+
+
+def adapted_class(cls: type, layers: tuple[str, ...]) -> type:
+    """The cached subclass of `cls` with these layers of behaviour; name, module and signature are those of `cls`."""
+    key = (cls, layers)
+    if key not in _classes:
+        namespace: dict[str, Any] = {
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+            "_deltatune_class": (cls, layers),
+            "__reduce_ex__": _reduce_ex,
+        }
+        forward = cls.forward  # type: ignore[attr-defined]
+        for name in LAYERS:
+            if name in layers:
+                forward = LAYERS[name](cls, forward, namespace)
+        namespace["forward"] = forward
+        _classes[key] = type(cls.__name__, (cls,), namespace)
+    return _classes[key]
+
+
+def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
+    cls, layers = type(self)._deltatune_class  # type: ignore[attr-defined]
+    return _rebuild, (cls, layers), self.__dict__
+
+
+def _rebuild(cls: type, layers: tuple[str, ...]) -> nn.Module:
+    integrate()
+    ours = adapted_class(cls, layers)
+    module = ours.__new__(ours)
+    assert isinstance(module, nn.Module)
+    return module
+
+
+def original(module: nn.Module, name: str) -> tuple[type, tuple[str, ...]]:
+    """The module's class before any attach, and the layers it has. Raises ValueError where others swapped it since."""
+    found: tuple[type, tuple[str, ...]] | None = type(module).__dict__.get("_deltatune_class")
+    if found is not None:
+        return found
+    if hasattr(type(module), "_deltatune_class"):
+        raise ValueError(
+            f"{name or 'the model'}: its class was replaced by {type(module).__module__}.{type(module).__qualname__} after "
+            f"an adapter was attached; attach, detach and merge before sharding or parametrizing"
+        )
+    return type(module), ()
+
+
+def swap(module: nn.Module, name: str, add: Sequence[str] = (), drop: Sequence[str] = ()) -> None:
+    """Add or drop layers of behaviour. Without any left the module has its own class again."""
+    cls, layers = original(module, name)
+    wanted = tuple(n for n in LAYERS if (n in layers or n in add) and n not in drop)
+    module.__class__ = adapted_class(cls, wanted) if wanted else cls
+    if "_old_forward" in module.__dict__:  # accelerate's hooks keep the bound method of the class that they found
+        module.__dict__["_old_forward"] = type(module).forward.__get__(module)
+
+
+_READ_DIRECTLY = {
+    nn.MultiheadAttention: "torch.nn.MultiheadAttention reads this layer's weight without calling it",
+    nn.TransformerEncoderLayer: "torch.nn.TransformerEncoderLayer's fast path reads this layer's weight without calling it",
+}
+
+
+def check_reachable(modules: dict[str, nn.Module], name: str) -> None:
+    """Raise ValueError with the reason where a delta at module `name` could have no effect."""
+    module = modules[name]
+    patched = module.__dict__.get("forward")
+    if patched is not None and "_old_forward" not in module.__dict__:
+        raise ValueError(
+            f"{name or 'the model'}: its forward was replaced on the instance (by {getattr(patched, '__module__', '?')}), "
+            f"which would bypass the adapter; attach before such patches"
+        )
+    parent = name
+    while parent:
+        parent = parent.rpartition(".")[0]
+        for kind, reason in _READ_DIRECTLY.items():
+            if isinstance(modules.get(parent), kind):
+                raise ValueError(f"{name}: {reason}, so a delta there would have no effect")
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of the model's own modules, each once, without deltas and banks."""
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    seen: set[int] = set()
+    while stack:
+        name, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield name, module
+        children = [
+            (f"{name}.{key}" if name else key, child)
+            for key, child in module._modules.items()
+            if child is not None and not (key in ("deltas", "banks") and isinstance(child, (Deltas, Banks)))
+        ]
+        stack.extend(reversed(children))
+
+
+class Deltas(nn.ModuleDict):
+    """The deltas at one module, by adapter, innermost first."""
+
+
+class Banks(nn.ModuleDict):
+    """The shared tensors of the attached model, by adapter."""

@@ -1,0 +1,131 @@
+"""What changes while training: parameter groups, ranks, masks, freezing, penalties, phases.
+
+A `Schedule` belongs to one adapter. Our trainer, the plain `TrainerCallback` and a hand-written loop call the same
+events in the same order:
+
+    begin(optimizer, n_steps)            once, when the optimiser exists; the number of optimiser steps is fixed here
+    before_step(step), optimizer.step(), after_step(step), optimizer.zero_grad()
+    end()
+
+Gradients are still there in `after_step`. `state_dict` makes the schedule resumable at any step.
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
+
+
+class Schedule:
+    """The schedule that changes nothing; a method's own overrides the events it needs."""
+
+    needs_groups = False  # True: the optimiser must have been built from `groups`; `begin` raises where it was not
+
+    def __init__(self, adapter: "Adapter") -> None:
+        self.adapter = adapter
+        self.n_steps = 0
+
+    def groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """The optimiser's parameter groups: vectors take no weight decay."""
+        decayed = [p for p in self.adapter.parameters() if p.ndim > 1]
+        others = [p for p in self.adapter.parameters() if p.ndim <= 1]
+        groups = [(decayed, weight_decay), (others, 0.0)]
+        return [{"params": ps, "lr": lr, "weight_decay": wd} for ps, wd in groups if ps]
+
+    def begin(self, optimizer: torch.optim.Optimizer, n_steps: int) -> None:
+        """Called once before the first step. Raises ValueError where the optimiser misses what the schedule needs."""
+        self.n_steps = n_steps
+        if self.needs_groups:
+            have = {frozenset(map(id, g["params"])) for g in optimizer.param_groups}
+            want = [frozenset(map(id, g["params"])) for g in self.groups(1.0, 0.0)]
+            if not all(w in have for w in want):
+                raise ValueError(
+                    f"adapter {self.adapter.name!r}: {type(self).__name__} sets its own parameter groups; build the "
+                    f"optimiser from adapter.groups(lr, weight_decay)"
+                )
+
+    def before_step(self, step: int) -> None:
+        """Before the optimiser's step number `step`, counted from 0; gradients are complete."""
+
+    def after_step(self, step: int) -> None:
+        """After the optimiser's step; gradients are still there."""
+
+    def end(self) -> None:
+        """After the last step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs."""
+        return {"n_steps": self.n_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.n_steps = state["n_steps"]
+
+
+class Schedules:
+    """The schedules of several adapters, called as one: what a trainer or a hand-written loop holds."""
+
+    def __init__(self, adapters: Iterable["Adapter"]) -> None:
+        self.each = {a.name: a.schedule for a in adapters}
+
+    def groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Every adapter's parameter groups."""
+        return [g for s in self.each.values() for g in s.groups(lr, weight_decay)]
+
+    def begin(self, optimizer: torch.optim.Optimizer, n_steps: int) -> None:
+        """`Schedule.begin` of each."""
+        for s in self.each.values():
+            s.begin(optimizer, n_steps)
+
+    def before_step(self, step: int) -> None:
+        """`Schedule.before_step` of each."""
+        for s in self.each.values():
+            s.before_step(step)
+
+    def after_step(self, step: int) -> None:
+        """`Schedule.after_step` of each."""
+        for s in self.each.values():
+            s.after_step(step)
+
+    def end(self) -> None:
+        """`Schedule.end` of each."""
+        for s in self.each.values():
+            s.end()
+
+    def state_dict(self) -> dict[str, Any]:
+        """By adapter name."""
+        return {name: s.state_dict() for name, s in self.each.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore; ValueError where the adapters are not those of the state."""
+        if state.keys() != self.each.keys():
+            raise ValueError(f"the saved schedules are of adapters {sorted(state)}, here are {sorted(self.each)}")
+        for name, s in self.each.items():
+            s.load_state_dict(state[name])
+
+
+class _Ride(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, penalty: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad,) = grads
+        return grad, grad.new_full((), ctx.scale, dtype=torch.float32), None
+
+
+def ride(y: Tensor, penalty: Tensor, scale: float = 1.0) -> Tensor:
+    """`y` unchanged; in the backward the scalar fp32 `penalty` receives the gradient `scale`.
+
+    A penalty on a delta's tensors thus needs no hook on the loss. `scale` carries gradient accumulation and the loss
+    scale of mixed precision.
+    """
+    out = _Ride.apply(y, penalty, scale)
+    assert isinstance(out, Tensor)
+    return out

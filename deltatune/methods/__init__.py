@@ -1,0 +1,8 @@
+"""The methods, one family a file. Importing this package fills the registry.
+
+Letters in these files: B batch, T tokens, I inputs, O outputs, R rank, P prefix, D width.
+"""
+
+from . import baseline, bias, bottleneck, lora, prefix, prompt, rescale
+
+__all__ = ["baseline", "bias", "bottleneck", "lora", "prefix", "prompt", "rescale"]

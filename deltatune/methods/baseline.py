@@ -1,0 +1,43 @@
+"""What every method is measured against: all of the weights, and none but the task head."""
+
+from torch import Tensor, nn
+
+from ..core.adapter import EVERYTHING
+from ..core.method import Method
+
+
+class Full(Method, name="full"):
+    """theta' = theta, every parameter trained in place: full fine-tuning."""
+
+    category = "baseline"
+    where = EVERYTHING
+    in_place = True
+    lr = (1e-5, 1e-4)
+
+
+class Own(Method):
+    """W' = V, b' = c: tensors of the adapter's own in the layer's place, equal to the layer's at the start."""
+
+    category = "baseline"
+    kinds = frozenset({"linear", "conv2d", "embedding", "norm"})
+    lr = (1e-4, 1e-2)
+    exceptions = {"stacked": "it replaces the weight, so what stands inside it has no effect"}
+
+    def build(self, base, dtype):
+        self.weight = nn.Parameter(base.weight.to(dtype, copy=True))
+        self.bias = None if base.bias is None else nn.Parameter(base.bias.to(dtype, copy=True))
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.weight, self.bias
+
+
+class Copy(Own, name="copy"):
+    """W' = V, b' = c: a layer trained as a copy of its own; what trains a task head beside every other method."""
+
+    where = "head"
+
+
+class Head(Own, name="head"):
+    """The task head alone, on a frozen backbone: what features that nobody adapted are worth."""
+
+    where = "head"

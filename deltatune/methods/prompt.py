@@ -1,0 +1,28 @@
+"""Learned tokens in front of the input."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from ..core.inits import normal
+from ..core.method import Method, param
+
+
+class PromptTuning(Method, name="prompt_tuning"):
+    """X' = [P; X] at the input layer alone."""
+
+    paper = "2104.08691"
+    category = "additive"
+    where = "input"
+    lr = (1e-3, 0.3)
+    exceptions = {"identity": "soft tokens take a share of the attention from the start"}
+    n: int = 20  # how many soft tokens
+    side: Literal["encoder", "decoder"] = "encoder"  # of an encoder-decoder, which input gets them
+    prompt: Tensor = param("n d_in", normal(0.02))
+
+    @classmethod
+    def fits(cls, config, site):
+        return site.stack in ("", config.side)
+
+    def tokens(self, batch):
+        return self.prompt[None]
