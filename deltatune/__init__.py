@@ -1,6 +1,6 @@
 """deltatune: every parameter-efficient fine-tuning method as small exact parts. Train the delta, not the model."""
 
-import importlib
+import importlib as _importlib
 
 from .core.adapter import Adapter as Adapter
 from .core.adapter import adapters as adapters
@@ -13,7 +13,7 @@ from .core.method import Method as Method
 from .core.method import bank as bank
 from .core.method import fixed as fixed
 from .core.method import param as param
-from .core.runtime import INTEGRATIONS
+from .core.runtime import INTEGRATIONS as _INTEGRATIONS
 from .core.schedule import Schedule as Schedule
 from .core.schedule import Schedules as Schedules
 from .core.site import Site as Site
@@ -27,5 +27,7 @@ from .methods.lora import LoRA as LoRA
 from .methods.prefix import PrefixTuning as PrefixTuning
 from .methods.prompt import PromptTuning as PromptTuning
 from .methods.rescale import IA3 as IA3
+from .version import VERSION as __version__
 
-INTEGRATIONS["transformers"] = lambda: importlib.import_module("deltatune.hf").install()
+_INTEGRATIONS["transformers"] = lambda: _importlib.import_module("deltatune.hf").install()
+_INTEGRATIONS["transformers.trainer"] = lambda: _importlib.import_module("deltatune.hf").install_trainer()

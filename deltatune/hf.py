@@ -15,7 +15,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from .core.adapter import adapters
 from .core.method import Delta
-from .core.runtime import LAYERS, ROOT_LAYERS, cast
+from .core.runtime import ATTACHED, LAYERS, ROOT_LAYERS, cast, integrate
 
 _MASKED = ("sdpa", "eager")  # implementations whose mask is a (B, 1 or H, Q, K) tensor
 _SHORT = ("flash_attention_2", "flash_attention_3", "flash_attention_4")  # a (B, K) mask, bottom-right causality
@@ -30,13 +30,16 @@ def install() -> None:
         AttentionInterface.register(name, _with_prefix(name, registry.get(name)))
     LAYERS["deltatune"] = _model_layer
     ROOT_LAYERS["deltatune"] = lambda model: isinstance(model, PreTrainedModel)
+    LAYERS["peft"] = _peft_layer
+    ROOT_LAYERS["peft"] = lambda model: "peft" in sys.modules and isinstance(model, sys.modules["peft"].PeftModel)
+    ATTACHED.append(ask_for_input_grads)
 
 
 def _with_prefix(name: str, attend: Callable[..., Any] | None) -> Callable[..., Any]:
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kw: Any) -> Any:
         run = attend or _eager(module)
         deltas = module._modules.get("deltas")
-        live = [d for d in deltas.values() if d.on and d.has_kv] if deltas is not None else ()  # type: ignore[operator]
+        live = [d for d in deltas.values() if d.switch.on and d.has_kv] if deltas is not None else ()  # type: ignore[operator]
         if not live:
             return run(module, query, key, value, attention_mask, *args, **kw)
         key, value, mask, bias = extend(name, module, live, query, key, value, attention_mask, kw)
@@ -102,17 +105,118 @@ def extend(
 def _model_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any]) -> Callable[..., Any]:
     """A transformers model with adapters on it saves those, never the base with keys that nobody could read."""
 
-    def save_pretrained(self: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(
+        self: Any,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
         names = adapters(self)
+        if push_to_hub:
+            raise ValueError("save_pretrained of a model with adapters writes the folder alone; push_to_hub=True is not done")
+        sharded = any(hasattr(p, "full_tensor") for adapter in names.values() for p in adapter.parameters())
+        if sharded and state_dict is not None:  # the stock Trainer: one rank alone calls, and no shard could be gathered
+            raise ValueError("a sharded adapter is saved by all ranks together: call adapter.save(folder) on each of them")
+        if not (is_main_process or sharded):
+            return
+        integrate()
         for name, adapter in names.items():
             adapter.save(save_directory if len(names) == 1 else os.path.join(save_directory, name))
 
-    def gradient_checkpointing_enable(self: Any, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        out = cls.gradient_checkpointing_enable(self, gradient_checkpointing_kwargs, **kwargs)  # type: ignore[attr-defined]
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            self.enable_input_require_grads()  # reentrant checkpoints give no gradient where no input asks for one
+    def checkpointing_enable(self: Any, *args: Any, **kwargs: Any) -> Any:
+        had = _input_grads(self)
+        out = getattr(cls, enable)(self, *args, **kwargs)
+        if not _input_grads(self):
+            ask_for_input_grads(self)
+        elif not had and not _reentrant(self):  # transformers asks always, which costs a backward below the first delta
+            self.disable_input_require_grads()
         return out
 
-    namespace["save_pretrained"] = save_pretrained
-    namespace["gradient_checkpointing_enable"] = gradient_checkpointing_enable
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        integrate()  # the first that a Trainer does to a model, before it resumes from a checkpoint
+        return cls.to(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    def resize_token_embeddings(self: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        if new_num_tokens is not None or args or kwargs:
+            _refuse_resize(self)
+        return cls.resize_token_embeddings(self, new_num_tokens, *args, **kwargs)  # type: ignore[attr-defined]
+
+    enable = "activation_checkpointing_enable"
+    if not hasattr(cls, enable):  # in older transformers
+        enable = "gradient_checkpointing_enable"
+    namespace[enable] = checkpointing_enable
+    namespace |= {"save_pretrained": save_pretrained, "resize_token_embeddings": resize_token_embeddings, "to": to}
     return forward
+
+
+def _peft_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any]) -> Callable[..., Any]:
+    """A PeftModel under adapters would save its own tensors and lose theirs."""
+
+    def save_pretrained(self: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        names = ", ".join(adapters(self))
+        raise ValueError(f"this PeftModel carries adapters of deltatune too ({names}), which its files could not hold; save those "
+                         f"with adapter.save(folder), and PEFT's own after detaching them")  # fmt: skip
+
+    namespace["save_pretrained"] = save_pretrained
+    return forward
+
+
+def _input_grads(model: Any) -> bool:
+    """Do the model's embeddings ask for a gradient?"""
+    return bool(getattr(model, "_require_grads_hooks", None) or getattr(model, "_require_grads_hook", None))
+
+
+def _reentrant(model: nn.Module) -> bool:
+    """Does a block run under reentrant checkpointing?"""
+    for module in model.modules():
+        run = getattr(module, "_gradient_checkpointing_func", None)
+        if run is not None and getattr(module, "gradient_checkpointing", False):
+            return bool(getattr(run, "keywords", {}).get("use_reentrant"))
+    return False
+
+
+def ask_for_input_grads(model: nn.Module) -> None:
+    """Reentrant checkpoints give no gradient, without a word, where no input of theirs asks for one."""
+    if isinstance(model, PreTrainedModel) and _reentrant(model) and not _input_grads(model):
+        model.enable_input_require_grads()
+
+
+def _refuse_resize(model: Any) -> None:
+    """Raise ValueError where an adapter stands on, or trains in place, a table that would be replaced."""
+    tables = [t for t in (model.get_input_embeddings(), model.get_output_embeddings()) if t is not None]
+    weights = {id(t.weight) for t in tables}
+    for name, adapter in adapters(model).items():
+        sits = any(model.get_submodule(delta.site.module) in tables for delta in adapter.deltas.values())
+        if sits or any(id(p) in weights for p in adapter.parameters()):
+            raise ValueError(f"adapter {name!r} is on the token embeddings; resize them first, then attach")
+
+
+def install_trainer() -> None:
+    """Let the stock Trainer resume, and load its best model, from checkpoints that hold adapters alone; once."""
+    from transformers import Trainer
+
+    if hasattr(Trainer._load_best_model, "__wrapped__"):
+        return
+    load_checkpoint, load_best = Trainer._load_from_checkpoint, Trainer._load_best_model
+
+    @functools.wraps(load_checkpoint)
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not _restore(self, resume_from_checkpoint):
+            load_checkpoint(self, resume_from_checkpoint, model)
+
+    @functools.wraps(load_best)
+    def _load_best_model(self: Any) -> None:
+        if not _restore(self, self.state.best_model_checkpoint):
+            load_best(self)
+
+    Trainer._load_from_checkpoint, Trainer._load_best_model = _load_from_checkpoint, _load_best_model
+
+
+def _restore(trainer: Any, folder: str) -> bool:
+    """Take the adapters' values from a checkpoint that `save_pretrained` wrote; False where the model has none."""
+    names = adapters(trainer.accelerator.unwrap_model(trainer.model))
+    for name, adapter in names.items():
+        adapter.restore(folder if len(names) == 1 else os.path.join(folder, name))
+    return bool(names)

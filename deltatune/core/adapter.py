@@ -10,7 +10,7 @@ trainability (`trainable`) are two switches, and neither touches the other.
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -24,9 +24,9 @@ from .bank import Bank
 from .compose import Leaf, Node, Stack, Tree, Where, assemble, parts_of, tree_from_dict
 from .errors import unknown
 from .method import METHODS, Delta, Method, layer_numbers
-from .runtime import OWN_FIELDS, ROOT_LAYERS, Banks, Deltas, Frame, Tap, check_reachable, integrate, original, swap, walk
+from .runtime import ATTACHED, OWN_FIELDS, ROOT_LAYERS, Banks, Deltas, Frame, Switch, Tap, check_reachable, integrate, original, swap, walk
 from .schedule import Schedule
-from .site import Site, all_sites, sites, slices
+from .site import Site, all_sites, select, slices
 
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -53,9 +53,10 @@ class Info:
     head: bool
     entries: list[Entry] = field(default_factory=list)
     owned: list[str] = field(default_factory=list)  # base parameters that an in-place method trains
-    n_head_owned: int = 0
+    owned_heads: list[str] = field(default_factory=list)  # of `owned`, those of the task head
     originals: dict[str, Tensor] = field(default_factory=dict)  # of `owned`, on the CPU
     current: dict[str, Tensor] = field(default_factory=dict)  # of `owned`, while disabled
+    switch: Switch = field(default_factory=Switch)
     merged: dict[str, SimpleNamespace] | None = None  # module -> its weight and bias before the merge
 
 
@@ -98,7 +99,13 @@ class Adapter:
     def _standing(self) -> Iterator[tuple[Entry, nn.Module, Delta]]:
         for entry in self._info.entries:
             module = self.model.get_submodule(entry.module)
-            yield entry, module, module.deltas[entry.key]  # type: ignore[index, union-attr, misc]
+            standing = module._modules.get("deltas")
+            if not isinstance(standing, Deltas) or entry.key not in standing:
+                raise ValueError(
+                    f"{entry.module}: adapter {self.name!r} stood here, but {type(module).__module__}.{type(module).__qualname__} "
+                    f"took the layer's place; undo that first"
+                )
+            yield entry, module, standing[entry.key]  # type: ignore[misc]
 
     @property
     def deltas(self) -> dict[tuple[str, str], Method]:
@@ -117,7 +124,10 @@ class Adapter:
         return banks[self.name] if isinstance(banks, Banks) and self.name in banks else None  # type: ignore[return-value]
 
     def _owned(self) -> dict[str, nn.Parameter]:
-        return {n: self.model.get_parameter(n) for n in self._info.owned}
+        try:
+            return {n: self.model.get_parameter(n) for n in self._info.owned}
+        except AttributeError as error:
+            raise ValueError(f"adapter {self.name!r} trains a parameter that is gone ({error}); undo what took its place") from None
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(key in the file, parameter) of everything that this adapter trains."""
@@ -141,8 +151,12 @@ class Adapter:
     @property
     def n_head(self) -> int:
         """How many numbers are trained in the task head."""
-        heads = sum(p.numel() for d in self.deltas.values() if d.site.role == "head" for p in d.parameters())
-        return heads + self._info.n_head_owned
+        return sum(p.numel() for p in self.head_parameters())
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """What is trained in the task head."""
+        copies = [p for d in self.deltas.values() if d.site.role == HEAD for p in d.parameters()]
+        return copies + [self.model.get_parameter(n) for n in self._info.owned_heads]
 
     @property
     def mergeable(self) -> bool:
@@ -152,8 +166,7 @@ class Adapter:
     @property
     def enabled(self) -> bool:
         """Does it change the forward?"""
-        info = self._info
-        return not info.current and all(d.on for _, _, d in self._standing())
+        return self._info.switch.on
 
     def enable(self) -> None:
         """Let it change the forward again."""
@@ -166,16 +179,15 @@ class Adapter:
         self._activate(False)
 
     def _activate(self, on: bool) -> None:
-        for _, _, delta in self._standing():
-            delta.on = on
         info = self._info
+        info.switch.on = on
         if not info.owned or on is not bool(info.current):
             return
         with torch.no_grad():
             if not on:
                 info.current = {n: p.detach().clone() for n, p in self._owned().items()}
             for name, p in self._owned().items():
-                p.copy_(info.current[name] if on else info.originals[name])
+                _copy(p, info.current[name] if on else info.originals[name])
             if on:
                 info.current = {}
 
@@ -205,9 +217,9 @@ class Adapter:
             raise ValueError(f"adapter {self.name!r} has several schedules ({names}); one adapter has one course")
         return (own.pop() if own else Schedule)(self)
 
-    def groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """The optimiser's parameter groups."""
-        return self.schedule.groups(lr, weight_decay)
+    def groups(self, lr: float, weight_decay: float = 0.0, head_lr: float | None = None) -> list[dict[str, Any]]:
+        """The optimiser's parameter groups; the task head's rate is `lr` unless it is given one."""
+        return self.schedule.groups(lr, weight_decay, head_lr)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors as they are saved: leaf path, site name, tensor name. Sharded ones are gathered."""
@@ -220,9 +232,12 @@ class Adapter:
         info = self._info
         for name, p in self._owned().items():
             value = info.current.get(name, p.detach())
+            if value.is_meta and not info.originals[name].is_meta:
+                raise ValueError(f"{name}, which adapter {self.name!r} trains in place, was offloaded since; bring it back first")
+            value = _whole(value)
             if not torch.equal(value.cpu(), info.originals[name]):  # what moved
                 state[f"0.{name}"] = value
-        return {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in state.items()}
+        return {k: _whole(t) for k, t in state.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `adapter.safetensors` and `adapter.json` into the folder `path`, atomically.
@@ -256,11 +271,23 @@ class Adapter:
             return
         files.write_adapter(path, card, {**state, files.FINGERPRINT: mark})
 
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Take the values of a file that was saved from an adapter like this one, as a resumed run does.
+
+        Raises ValueError, and changes nothing, where the file is damaged or holds another tree or other tensors.
+        """
+        card, tensors = files.read_adapter(path)
+        if card["tree"] != self.tree.to_dict():
+            raise ValueError(f"{path} holds {card['tree']}, the adapter {self.name!r} is {self.tree.to_dict()}")
+        tensors.pop(files.FINGERPRINT, None)
+        _fill(self, path, tensors)
+
     def _check_merge(self) -> None:
         if self._info.merged is not None:
             raise ValueError(f"adapter {self.name!r} is merged already")
         if not self.enabled:
             raise ValueError(f"adapter {self.name!r} is disabled; enable it before merging")
+        self._check_place()
         shared: dict[int, list[str]] = {}
         for name, module in walk(self.model):
             for key, p in module._parameters.items():
@@ -271,13 +298,18 @@ class Adapter:
             if not delta.has_fold:
                 names = sorted({getattr(d, "name", "?") for d in parts_of(delta)})
                 raise ValueError(f"{site.name}: {', '.join(names)} cannot be merged: it defines no fold")
-            tied = shared[id(base.stored(module, site))] if id(base.stored(module, site)) in shared else []
+            kept = base.stored(module, site)
+            if not any(kept is t for m in module.modules() for t in (*m._parameters.values(), *m._buffers.values())):
+                raise ValueError(f"{site.name}: its weight is computed (parametrized?); what is merged into it would be lost")
+            if kept.is_meta:
+                raise ValueError(f"{site.name}: its weight is offloaded or on the meta device; there is nothing to merge into")
+            tied = shared.get(id(kept), [])
             if len(tied) > 1:
                 raise ValueError(f"{site.name}: cannot merge, its weight is tied: {', '.join(tied)}")
             for key, other in module.deltas.items():  # type: ignore[operator, union-attr]
                 if key == entry.key:
                     break
-                if other.on and key.partition("|")[0] != self.name:
+                if other.switch.on and key.partition("|")[0] != self.name:
                     raise ValueError(
                         f"{site.name}: adapter {key.partition('|')[0]!r} stands inside {self.name!r} there; merge it first"
                     )
@@ -313,26 +345,36 @@ class Adapter:
         info = self._info
         if info.merged is None:
             raise ValueError(f"adapter {self.name!r} is not merged")
+        self._check_place()
         for entry, module, delta in self._standing():
             base.write_back(module, delta.site, info.merged[f"{entry.module}|{delta.site.param}"])
         info.merged = None
         self._activate(True)
+
+    def _check_place(self) -> None:
+        """Raise ValueError where others took a layer's place or swapped its class since: before anything is changed."""
+        if any(hasattr(p, "full_tensor") for p in self.parameters()):
+            raise ValueError(f"adapter {self.name!r} is sharded; attach, detach and merge before sharding")
+        for name, module in walk(self.model):
+            original(module, name)
 
     def detach(self) -> None:
         """Take it off the model: classes, keys, values and `requires_grad` are those from before, bit for bit.
 
         A merged adapter stays merged.
         """
+        self._check_place()
+        self._take_off()
+
+    def _take_off(self) -> None:
+        """`detach` of what stands, be it half of the adapter: what an attach that failed falls back on."""
         record, info = self._record, self._info
-        for entry in info.entries:
-            for name in (entry.module, entry.entry):
-                if name is not None:
-                    original(self.model.get_submodule(name), name)  # refuse before anything is changed
+        owned = self._owned()
         if info.owned and info.merged is None:
             with torch.no_grad():
                 for name, kept in info.originals.items():
-                    self.model.get_parameter(name).copy_(kept)
-        for p in self._owned().values():
+                    _copy(owned[name], kept)
+        for p in owned.values():
             p.requires_grad_(False)
         for entry in info.entries:
             for name in (entry.module, entry.entry):
@@ -392,7 +434,10 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
     table, or other values at the fingerprint's positions), or does not hold exactly the tensors that it declares.
     """
     card, tensors = files.read_adapter(path)
-    tree = tree_from_dict(card["tree"], METHODS)
+    try:
+        tree = tree_from_dict(card["tree"], METHODS)
+    except ValueError as error:
+        raise ValueError(f"{path}: its tree cannot be read: {error}") from None
     mark = tensors.pop(files.FINGERPRINT, None)
     if mark is None:
         raise ValueError(f"{path}: it has no fingerprint of its base")
@@ -407,25 +452,44 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         raise ValueError(f"{path} was made for {card['backbone']} with other weights: this base has the same shape, not the same values")
     adapter = _attach(model, tree, name, card["seed"], card["head"], card["sites"], card["in_place"])
     try:
-        info = adapter._info
-        want = {k: tuple(t.shape) for k, t in adapter.state_dict().items()}
-        owned = {f"0.{n}": p for n, p in adapter._owned().items()}
-        want |= {k: tuple(owned[k].shape) for k in tensors if k in owned}
-        files.check_keys(str(path), want, tensors)
-        targets: dict[str, Tensor] = dict(owned)
-        for (leaf, site), delta in adapter.deltas.items():
-            targets |= {f"{leaf}.{site}.{n}": t for n, t in delta.state_dict(keep_vars=True).items()}
-        if adapter.bank is not None:
-            targets |= {f"bank.{n}": t for n, t in adapter.bank.state_dict(keep_vars=True).items()}
-        with torch.no_grad():
-            for key, value in tensors.items():
-                targets[key].copy_(value)
-        assert info.seed == card["seed"]
+        _fill(adapter, path, tensors)
+        adapter.trainable(trainable)
     except BaseException:
         adapter.detach()
         raise
-    adapter.trainable(trainable)
     return adapter
+
+
+def _fill(adapter: Adapter, path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+    """Copy a file's tensors into the adapter. Raises ValueError, and changes nothing, where they are not its own."""
+    targets: dict[str, Tensor] = {}
+    for (leaf, site), delta in adapter.deltas.items():
+        targets |= {f"{leaf}.{site}.{n}": t for n, t in delta.state_dict(keep_vars=True).items()}
+    if adapter.bank is not None:
+        targets |= {f"bank.{n}": t for n, t in adapter.bank.state_dict(keep_vars=True).items()}
+    owned = {f"0.{n}": p for n, p in adapter._owned().items()}
+    want = targets | {k: owned[k] for k in tensors if k in owned}  # of what is trained in place, the file has what moved
+    files.check_keys(str(path), {k: tuple(t.shape) for k, t in want.items()}, tensors)
+    with torch.no_grad():
+        for name, kept in adapter._info.originals.items():
+            if f"0.{name}" not in tensors:
+                _copy(owned[f"0.{name}"], kept)
+        for key, value in tensors.items():
+            _copy(want[key], value)
+
+
+def _whole(t: Tensor) -> Tensor:
+    """The tensor, gathered where it is sharded; then every rank has to ask."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def _copy(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor's values into `target`, each rank its shard."""
+    if hasattr(target, "full_tensor") and not hasattr(value, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor  # late: torch without distributed has none
+
+        value = distribute_tensor(value.to(target.device, target.dtype), target.device_mesh, target.placements)  # type: ignore[attr-defined]
+    target.copy_(value)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -459,13 +523,18 @@ def _attach(
     record: Record | None = model.__dict__.get("_deltatune")
     if record is not None and name in record.infos:
         raise ValueError(f"the model has an adapter named {name!r} already; adapters here: {', '.join(record.infos)}")
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):
+        raise ValueError("the model is sharded already; attach first, then shard")
     modules = dict(walk(model))
     for at, module in modules.items():
+        if "_orig_mod" in module._modules:
+            raise ValueError(f"{at or 'the model'} comes from torch.compile; attach to the model itself, then compile it")
         if at and "_deltatune" in module.__dict__:
             raise ValueError(f"{at} has adapters of its own; attach to one model, not to it and to a part of it")
     if record is None and any(hasattr(type(m), "_deltatune_class") for m in modules.values()):
         raise ValueError("this module is part of a model with adapters; attach to that model")
-    table = {part.name: part for s in all_sites(model) for part in (s, *slices(s))}
+    every = all_sites(model)
+    table = {part.name: part for s in every for part in (s, *slices(s))}
     leaves = dict(tree.leaves())
     in_place = [leaf.method for leaf in leaves.values() if leaf.method.in_place]
     if in_place and len(leaves) > 1:
@@ -473,24 +542,26 @@ def _attach(
 
     info = Info(tree, seed, head)
     if in_place:
-        info.owned = list(owned) if owned is not None else _claims(model, leaves["0"])
+        info.owned = list(owned) if owned is not None else _claims(model, every, leaves["0"])
         for n in info.owned:
             try:
                 model.get_parameter(n)
             except AttributeError:
                 raise ValueError(f"the base has no parameter {n}, which the adapter trained") from None
+            if base.offloaded(modules[n.rpartition(".")[0]], n.rpartition(".")[2]) is not None:
+                raise ValueError(f"{n} is offloaded by accelerate; {in_place[0].name} trains it in place, where no gradient reaches it")
         for other, their in (record.infos if record else {}).items():
             both = set(info.owned) & set(their.owned)
             if both:
                 raise ValueError(f"{min(both)} is trained in place by adapter {other!r} already")
         heads = {s.module for s in table.values() if s.role == HEAD}
-        info.n_head_owned = sum(model.get_parameter(n).numel() for n in info.owned if n.rpartition(".")[0] in heads)
+        info.owned_heads = [n for n in info.owned if n.rpartition(".")[0] in heads]
         info.head = head = False
 
     chosen: dict[str, tuple[Site, ...]] = {}
     for path, leaf in leaves.items():
         if not leaf.method.in_place:
-            chosen[path] = _choose(model, table, path, leaf, places)
+            chosen[path] = _choose(every, table, path, leaf, places)
     if head and not any(s.role == HEAD for ss in chosen.values() for s in ss):
         found = tuple(s for s in table.values() if s.role == HEAD)
         if found:
@@ -541,13 +612,13 @@ def _attach(
         if first:
             model.__dict__["_deltatune"] = record
             record.required = [n for n, p in model.named_parameters() if p.requires_grad]
-            record.fingerprint = base_fingerprint(model, table.values())
+            record.fingerprint = base_fingerprint(model, every)
             for p in model.parameters():
                 p.requires_grad_(False)
             swap(model, "", add=_root_layers(model))
         for entry, part in plan:
-            _place(modules, entry, part, frame)
             info.entries.append(entry)
+            _place(modules, entry, part, frame, info.switch)
         if len(shared._parameters) + len(shared._buffers):
             if "banks" not in model._modules:
                 model.banks = Banks()
@@ -558,9 +629,11 @@ def _attach(
             p.requires_grad_(True)
         record.infos[name] = info
         _refresh(model, record)
+        for ready in ATTACHED:
+            ready(model)
     except BaseException:
         record.infos.setdefault(name, info)
-        Adapter(model, name).detach()
+        Adapter(model, name)._take_off()
         raise
     return Adapter(model, name)
 
@@ -572,10 +645,10 @@ def _mark(site: Site) -> str:
     return site.param if site.kind == "experts" else re.split(r"[:\[]", site.name)[-1].rstrip("]")
 
 
-def _claims(model: nn.Module, leaf: Leaf) -> list[str]:
+def _claims(model: nn.Module, every: Sequence[Site], leaf: Leaf) -> list[str]:
     """The base's parameters that an in-place method trains: all of them, or those of the selected sites."""
     where = leaf.method.where if leaf.where is None else leaf.where
-    chosen = None if where == EVERYTHING else {s.module for s in sites(model, where, leaf.layers)}
+    chosen = None if where == EVERYTHING else {s.module for s in select(every, where, leaf.layers)}
     if chosen is None and leaf.layers is not None:
         raise ValueError(f"{leaf.method.name} trains every parameter; layers={leaf.layers} needs a `where` beside it")
     seen: set[int] = set()
@@ -589,7 +662,7 @@ def _claims(model: nn.Module, leaf: Leaf) -> list[str]:
 
 
 def _choose(
-    model: nn.Module, table: Mapping[str, Site], path: str, leaf: Leaf, places: Mapping[str, list[str]] | None
+    every: Sequence[Site], table: Mapping[str, Site], path: str, leaf: Leaf, places: Mapping[str, list[str]] | None
 ) -> tuple[Site, ...]:
     method = leaf.method
     if places is not None:
@@ -598,25 +671,25 @@ def _choose(
             raise unknown("site", gone[0], table)
         return tuple(table[n] for n in places.get(path, ()))
     where = method.where if leaf.where is None else leaf.where
-    selected = sites(model, where, leaf.layers, method.kinds)
+    selected = select(every, where, leaf.layers, method.kinds)
     found = tuple(s for s in selected if method.fits(leaf.config, s))
     if not found:
         raise ValueError(f"{method.name} fits none of the {len(selected)} sites that {where!r} selects, {selected[0].name} first")
     return found
 
 
-def _place(modules: Mapping[str, nn.Module], entry: Entry, part: Delta, frame: Frame) -> None:
+def _place(modules: Mapping[str, nn.Module], entry: Entry, part: Delta, frame: Frame, switch: Switch) -> None:
     for delta in (part, *parts_of(part)):
-        delta.__dict__["frame"] = frame
+        delta.__dict__["frame"], delta.__dict__["switch"] = frame, switch
     if entry.entry is not None:
         part.tap = f"{entry.module}|{entry.key}"
         _add(modules[entry.entry], entry.entry, entry.key, Tap(part), "site")
     if part.site.kind == "input":
         limit = tokens.n_positions(modules[entry.module])
-        modules[entry.module].__dict__["_deltatune_positions"] = limit
         size = max((getattr(p, "n", 0) for p in parts_of(part)), default=0)
         if limit is not None and size >= limit:
             raise ValueError(f"{part.site.name or 'the model'}: {size} soft tokens leave no room in {limit} positions")
+        modules[entry.module].__dict__["_deltatune_positions"] = limit
         if part.site.stack == "encoder":  # the decoder's cross-attention has to see them
             for s in all_sites(modules[""]):
                 if s.kind == "input" and s.stack == "decoder":
@@ -637,10 +710,11 @@ def _remove(module: nn.Module, name: str, key: str) -> None:
     deltas = module._modules.get("deltas")
     if isinstance(deltas, Deltas) and key in deltas:
         del deltas[key]
-        if not deltas:
-            del module.deltas
-            module.__dict__.pop("_deltatune_positions", None)
-            swap(module, name, drop=("site", "input"))
+    if isinstance(deltas, Deltas) and not deltas:
+        del module.deltas
+        swap(module, name, drop=("site", "input"))
+    if "deltas" not in module._modules:
+        module.__dict__.pop("_deltatune_positions", None)
 
 
 def _refresh(model: nn.Module, record: Record) -> None:
@@ -701,6 +775,8 @@ def base_fingerprint(model: nn.Module, table: Iterable[Site]) -> Tensor | None:
                 continue
             if hasattr(p, "full_tensor"):  # sharded: what was read before sharding stands
                 return record.fingerprint if record else None
+            if p.is_meta and (kept_away := base.offloaded(module, key)) is not None:
+                p = kept_away
             chosen[f"{site.module}.{key}"] = moved.get(f"{site.module}.{key}", p)
     return files.fingerprint(chosen)
 
@@ -711,4 +787,5 @@ def backbone_id(model: nn.Module) -> str:
     name = getattr(config, "_name_or_path", "") or ""
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not os.path.exists(name):
         return str(name)
-    return str(getattr(config, "model_type", "") or type(model).__name__)
+    own, *_ = getattr(type(model), "_deltatune_class", (type(model),))  # sharding gives the class another name
+    return str(getattr(config, "model_type", "") or own.__name__)

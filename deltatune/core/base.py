@@ -28,6 +28,24 @@ def transposed(module: nn.Module, param: str = "weight") -> bool:
     return param != "weight" and bool(getattr(module, "is_transposed", False))
 
 
+def offloaded(module: nn.Module, key: str) -> Tensor | None:
+    """What accelerate's hook keeps for a parameter that it left on the meta device; None where it is not offloaded."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        kept = getattr(one, "weights_map", None)
+        if kept is not None:
+            value = kept[key]
+            assert isinstance(value, Tensor)
+            return value
+    return None
+
+
+def check_present(delta: "Delta") -> None:
+    """Raise ValueError where accelerate's hooks took the delta's own tensors away, which no forward would bring back."""
+    if hasattr(delta, "_hf_hook"):
+        raise ValueError(f"{delta.site.name}: accelerate offloaded the adapter's own tensors; offload the base first, then attach")
+
+
 def stored(module: nn.Module, site: Site) -> Tensor:
     """The weight tensor as it is kept, whatever its format."""
     weight = getattr(module, site.param)
@@ -43,6 +61,8 @@ def quantised(weight: Tensor) -> bool:
 def matrix(module: nn.Module, site: Site) -> Tensor:
     """The site's whole weight as (O, I), (E, O, I) for experts, (O) for norms, in a floating dtype; a view if it can."""
     weight = stored(module, site)
+    if weight.is_meta and (kept := offloaded(module, site.param)) is not None:
+        weight = kept
     if quantised(weight):
         if not hasattr(weight, "dequantize"):
             raise ValueError(f"{site.name}: its weight is kept as {weight.dtype}, which cannot be read as numbers here")
@@ -55,6 +75,8 @@ def matrix(module: nn.Module, site: Site) -> Tensor:
 def bias_of(module: nn.Module, site: Site) -> Tensor | None:
     """The site's whole bias, or None."""
     bias = getattr(module, "bias", None) if site.param == "weight" else None
+    if isinstance(bias, Tensor) and bias.is_meta and (kept := offloaded(module, "bias")) is not None:
+        return kept
     return bias if isinstance(bias, Tensor) else None
 
 
@@ -64,9 +86,10 @@ def place_of(module: nn.Module, site: Site) -> tuple[torch.device, torch.dtype]:
     if first is None:
         return torch.device("cpu"), torch.float32
     device = first.device
-    hook = getattr(module, "_hf_hook", None)
-    if device.type == "meta" and getattr(hook, "execution_device", None) is not None:
-        device = torch.device(hook.execution_device)
+    if first.is_meta:
+        hooks = [getattr(m, "_hf_hook", None) for m in module.modules()]
+        found = [h.execution_device for h in hooks if getattr(h, "execution_device", None) is not None]
+        device = torch.device(found[0]) if found else device
     return device, first.dtype if first.is_floating_point() else torch.float32
 
 
@@ -93,7 +116,7 @@ def put_rows(whole: Tensor, part: Tensor, site: Site, dim: int = 0) -> Tensor:
 
 
 class Base:
-    """What an init may look at: the site's own (O, I) weight and bias in fp32, read when asked for."""
+    """What an init may look at: the site's own (O, I) weight and bias in fp32 (fp64 of an fp64 base), read when asked for."""
 
     def __init__(self, module: nn.Module, site: Site) -> None:
         self.module, self.site = module, site
@@ -101,7 +124,7 @@ class Base:
     @property
     def weight(self) -> Tensor:
         """(O, I), or the vector of a norm; of a slice its own rows."""
-        weight = matrix(self.module, self.site).detach().float()
+        weight = _wide(matrix(self.module, self.site).detach())
         return take_rows(weight, self.site) if self.site.rows else weight
 
     @property
@@ -110,8 +133,12 @@ class Base:
         bias = bias_of(self.module, self.site)
         if bias is None:
             return None
-        bias = bias.detach().float()
+        bias = _wide(bias.detach())
         return take_rows(bias, self.site) if self.site.rows else bias
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
 
 
 Folded = tuple[Tensor, Tensor | None]
@@ -146,6 +173,9 @@ def folded(module: nn.Module, deltas: Sequence["Delta"]) -> Folded:
     if weight.dtype in (torch.float16, torch.bfloat16):
         weight, bias = weight.float(), None if bias is None else bias.float()
     for delta in deltas:
+        for tensor in delta._parameters.values():
+            if tensor is not None and tensor.is_meta:
+                check_present(delta)
         weight, bias = fold_one(delta, weight, bias)
     return weight, bias
 
@@ -207,8 +237,8 @@ def write(module: nn.Module, site: Site, weight: Tensor, bias: Tensor | None) ->
     kept.copy_(restored(module, site, weight))
     if bias is not None and own is None:
         module.bias = nn.Parameter(bias.to(kept.dtype), requires_grad=False)
-    elif bias is not None and own is not None:
-        own.copy_(bias)
+    elif own is not None:
+        own.zero_() if bias is None else own.copy_(bias)
 
 
 def snapshot(module: nn.Module, site: Site) -> SimpleNamespace:

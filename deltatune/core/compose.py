@@ -8,7 +8,7 @@ The same tree is an expression in Python (`dt.Sum(dt.LoRA(r=8), dt.IA3())`), a m
 A leaf is known by its path: "0" for a lone leaf, "1.0" for the first child of the second child.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -102,24 +102,30 @@ Tree = Leaf | Node
 
 def tree_from_dict(data: Mapping[str, Any], methods: "Mapping[str, type[Method]]") -> Tree:
     """The tree that `to_dict` wrote. Raises ValueError on an unknown node, method, hyperparameter or key."""
-    data = dict(data)
+    if not isinstance(data, Mapping):
+        raise ValueError(f"a tree is a mapping with a method or an op, not {data!r}")
     if "op" in data:
-        if data["op"] not in NODES:
+        if str(data["op"]) not in NODES:
             raise unknown("node", str(data["op"]), NODES)
         extra = data.keys() - {"op", "children"}
         if extra:
             raise unknown(f"key of a {data['op']} node", sorted(extra)[0], ("op", "children"))
-        return NODES[data["op"]](*(tree_from_dict(c, methods) for c in data.get("children", ())))
+        children = data.get("children", ())
+        if not isinstance(children, Sequence):
+            raise ValueError(f"children of {data['op']} must be a list, not {children!r}")
+        return NODES[data["op"]](*(tree_from_dict(c, methods) for c in children))
     extra = data.keys() - {"method", "config", "where", "layers"}
     if extra or "method" not in data:
         raise unknown("key of a method", sorted(extra)[0] if extra else "(none)", ("method", "config", "where", "layers"))
-    if data["method"] not in methods:
+    if str(data["method"]) not in methods:
         raise unknown("method", str(data["method"]), methods)
     cls = methods[data["method"]]
-    where, layers = data.get("where"), data.get("layers")
+    where, layers, config = data.get("where"), data.get("layers"), data.get("config") or {}
+    if not isinstance(config, Mapping):
+        raise ValueError(f"config of {cls.name} must be a mapping, not {config!r}")
     return Leaf(
         cls,
-        cls.configure(**(data.get("config") or {})),
+        cls.configure(**config),
         tuple(where) if isinstance(where, list) else where,
         tuple(layers) if isinstance(layers, list) else layers,
     )

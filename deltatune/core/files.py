@@ -20,9 +20,9 @@ WEIGHTS, CARD = "adapter.safetensors", "adapter.json"
 FINGERPRINT = "base.fingerprint"
 N_FINGERPRINT = 4096
 
-_FIELDS = {
-    "format", "deltatune", "tree", "head", "sites", "in_place", "backbone", "site_table", "n_params", "n_head", "seed",
-    "sha256",
+_FIELDS: dict[str, type] = {
+    "format": int, "deltatune": str, "tree": dict, "head": bool, "sites": dict, "in_place": list, "backbone": str,
+    "site_table": str, "n_params": int, "n_head": int, "seed": int, "sha256": str,
 }  # fmt: skip
 
 
@@ -65,9 +65,16 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
         raise ValueError(f"{folder / CARD} is not an adapter's card: it has no 'format'")
     if card["format"] != FORMAT:
         raise ValueError(f"{folder / CARD} has format {card['format']}; this version reads format {FORMAT}")
-    odd = sorted(card.keys() ^ _FIELDS)
+    odd = sorted(card.keys() ^ _FIELDS.keys())
     if odd:
         raise ValueError(f"{folder / CARD}: {'unknown' if odd[0] in card else 'missing'} field {odd[0]!r}")
+    for key, kind in _FIELDS.items():
+        if type(card[key]) is not kind:
+            raise ValueError(f"{folder / CARD}: field {key!r} must be {kind.__name__}, not {card[key]!r}")
+    names = [("in_place", card["in_place"]), *((f"sites of leaf {leaf}", found) for leaf, found in card["sites"].items())]
+    for key, listed in names:
+        if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+            raise ValueError(f"{folder / CARD}: {key} must be a list of names, not {listed!r}")
     data = (folder / WEIGHTS).read_bytes()
     try:
         tensors = load_bytes(data)

@@ -40,7 +40,7 @@ from .inits import Init, kaiming, zeros
 from .site import Site
 
 if TYPE_CHECKING:
-    from .runtime import Call, Frame
+    from .runtime import Call, Frame, Switch
     from .schedule import Schedule
 
 METHODS: "dict[str, type[Method]]" = {}
@@ -75,7 +75,6 @@ class Delta(nn.Module):
     """What stands at a site: a method's state there, or several that meet."""
 
     site: Site
-    on: bool = True
     has_pre: bool = False
     has_post: bool = False
     has_fold: bool = False
@@ -85,6 +84,7 @@ class Delta(nn.Module):
     reads_call: bool = False
     fast: bool = False  # run in activation space here
     frame: "Frame"
+    switch: "Switch"
     tap: str = ""  # a span's: under which key the entry leaves its input
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -245,7 +245,8 @@ class Method(Delta):
                 value = slot.init(shape, base=base, delta=self)
             if tuple(value.shape) != (*lead, *shape):
                 raise ValueError(f"the init of {key} gave {tuple(value.shape)}, declared as {slot.shape!r} = {shape}")
-            value = value.detach().to(dtype) if value.is_floating_point() else value.detach()
+            value = value.detach().contiguous()  # as sharding asks; the base's own may be a transposed view
+            value = value.to(dtype) if value.is_floating_point() else value
             if slot.train:
                 self.register_parameter(key, nn.Parameter(value))
             else:
@@ -290,7 +291,7 @@ class Method(Delta):
         """(name, type, default, comment) of each, in order."""
         comments = _comments(cls)
         return [
-            (f.name, getattr(f.type, "__name__", str(f.type).replace("typing.", "")), f.default, comments.get(f.name, ""))
+            (f.name, _kind(f.type), f.default, comments.get(f.name, ""))
             for f in fields(cls.Config)
         ]
 
@@ -308,6 +309,12 @@ class Meet(Delta):
         self.has_tokens = any(p.has_tokens for p in parts)
         self.reads_call = any(p.reads_call for p in parts)
         self.fast = self.has_post
+        if op == "average" and (self.has_kv or self.has_tokens):
+            names = ", ".join(getattr(p, "name", type(p).__name__) for p in parts)
+            raise ValueError(
+                f"{self.site.name}: {names} cannot meet in {op}: keys, values and tokens that were learned have no mean; "
+                f"Sum and Stack put them one behind the other"
+            )
         if not (self.has_fold or self.has_post or self.has_kv or self.has_tokens):
             names = ", ".join(getattr(p, "name", type(p).__name__) for p in parts)
             raise ValueError(
@@ -371,10 +378,16 @@ def _typed(method: str, key: str, value: Any, kind: Any) -> Any:
             return value
         if option is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
-        if isinstance(option, type) and isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+        if isinstance(option, type) and option is not float and isinstance(value, option) and (option is bool or not isinstance(value, bool)):
             return value
-    wanted = getattr(kind, "__name__", str(kind).replace("typing.", ""))
-    raise ValueError(f"{method}: {key} must be {wanted}, not {value!r}")
+    raise ValueError(f"{method}: {key} must be {_kind(kind)}, not {value!r}")
+
+
+def _kind(kind: Any) -> str:
+    """A hyperparameter's type in words; a choice as its options."""
+    if typing.get_origin(kind) is Literal:
+        return " | ".join(map(repr, typing.get_args(kind)))
+    return getattr(kind, "__name__", str(kind).replace("typing.", ""))
 
 
 def _comments(cls: type) -> dict[str, str]:

@@ -25,6 +25,7 @@ from .method import Delta
 
 # package -> what to do once it is loaded and a model is attached or unpickled; `deltatune/__init__.py` fills it
 INTEGRATIONS: dict[str, Callable[[], None]] = {}
+ATTACHED: list[Callable[[nn.Module], None]] = []  # what integrations do to a model once an adapter stands on it
 
 
 def integrate() -> None:
@@ -69,6 +70,13 @@ class Frame:
     wanted: frozenset[str] = frozenset()  # of OWN_FIELDS, those that some delta reads
 
 
+@dataclass(slots=True)
+class Switch:
+    """Does an adapter change the forward? One bool that all of its deltas share."""
+
+    on: bool = True
+
+
 class _Cast:
     """A delta seen with its small floating tensors in the activations' dtype; `x` itself is never cast up."""
 
@@ -95,6 +103,8 @@ def cast(delta: Delta, dtype: torch.dtype) -> Any:
     for tensor in delta._parameters.values():  # its first; no generator, which would break a compiled graph
         if tensor is not None:
             own = tensor.dtype
+            if tensor.is_meta:
+                base.check_present(delta)
             break
     return delta if own == dtype else _Cast(delta, dtype)
 
@@ -160,14 +170,8 @@ class Tap(Delta):
     def __init__(self, owner: Delta) -> None:
         super().__init__()
         self.site = owner.site
+        self.switch = owner.switch
         self.__dict__["owner"] = owner  # not a child: the owner lives at the exit
-
-    @property
-    def on(self) -> bool:  # type: ignore[override]
-        """As its owner is."""
-        owner = self.__dict__["owner"]
-        assert isinstance(owner, Delta)
-        return owner.on
 
     def pre(self, x: Tensor) -> Tensor:
         """Leave `x` for the owner; the exit takes it away again."""
@@ -199,7 +203,7 @@ def site_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any]
 
     @functools.wraps(forward)
     def site_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        live = [d for d in self.deltas.values() if d.on]  # type: ignore[operator, union-attr]
+        live = [d for d in self.deltas.values() if d.switch.on]  # type: ignore[operator, union-attr]
         return adapted(self, forward, first, live, args, kwargs) if live else forward(self, *args, **kwargs)
 
     return site_forward
@@ -316,10 +320,18 @@ def original(module: nn.Module, name: str) -> tuple[type, tuple[str, ...]]:
 def swap(module: nn.Module, name: str, add: Sequence[str] = (), drop: Sequence[str] = ()) -> None:
     """Add or drop layers of behaviour. Without any left the module has its own class again."""
     cls, layers = original(module, name)
+    if _is_own_forward(module):
+        del module.__dict__["forward"]  # else it would outlive the class
     wanted = tuple(n for n in LAYERS if (n in layers or n in add) and n not in drop)
     module.__class__ = adapted_class(cls, wanted) if wanted else cls
     if "_old_forward" in module.__dict__:  # accelerate's hooks keep the bound method of the class that they found
         module.__dict__["_old_forward"] = type(module).forward.__get__(module)
+
+
+def _is_own_forward(module: nn.Module) -> bool:
+    """Is the instance's `forward` the class's own? accelerate leaves it there when its hooks are removed."""
+    left = module.__dict__.get("forward")
+    return getattr(left, "__self__", None) is module and getattr(left, "__func__", None) is type(module).forward
 
 
 _READ_DIRECTLY = {
@@ -332,7 +344,7 @@ def check_reachable(modules: dict[str, nn.Module], name: str) -> None:
     """Raise ValueError with the reason where a delta at module `name` could have no effect."""
     module = modules[name]
     patched = module.__dict__.get("forward")
-    if patched is not None and "_old_forward" not in module.__dict__:
+    if patched is not None and "_old_forward" not in module.__dict__ and not _is_own_forward(module):
         raise ValueError(
             f"{name or 'the model'}: its forward was replaced on the instance (by {getattr(patched, '__module__', '?')}), "
             f"which would bypass the adapter; attach before such patches"

@@ -29,19 +29,27 @@ class Schedule:
         self.adapter = adapter
         self.n_steps = 0
 
-    def groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """The optimiser's parameter groups: vectors take no weight decay."""
-        decayed = [p for p in self.adapter.parameters() if p.ndim > 1]
-        others = [p for p in self.adapter.parameters() if p.ndim <= 1]
-        groups = [(decayed, weight_decay), (others, 0.0)]
-        return [{"params": ps, "lr": lr, "weight_decay": wd} for ps, wd in groups if ps]
+    def groups(self, lr: float, weight_decay: float = 0.0, head_lr: float | None = None) -> list[dict[str, Any]]:
+        """The optimiser's parameter groups: vectors take no weight decay, the task head its own rate where one is given."""
+        heads = {id(p) for p in self.adapter.head_parameters()}
+        parts: dict[tuple[bool, bool], list[Tensor]] = {}
+        for p in self.adapter.parameters():
+            parts.setdefault((id(p) in heads, p.ndim > 1), []).append(p)
+        return [
+            {
+                "params": ps,
+                "lr": head_lr if of_head and head_lr is not None else lr,
+                "weight_decay": weight_decay if matrix else 0.0,
+            }
+            for (of_head, matrix), ps in parts.items()
+        ]
 
     def begin(self, optimizer: torch.optim.Optimizer, n_steps: int) -> None:
         """Called once before the first step. Raises ValueError where the optimiser misses what the schedule needs."""
         self.n_steps = n_steps
         if self.needs_groups:
             have = {frozenset(map(id, g["params"])) for g in optimizer.param_groups}
-            want = [frozenset(map(id, g["params"])) for g in self.groups(1.0, 0.0)]
+            want = [frozenset(map(id, g["params"])) for g in self.groups(1.0)]
             if not all(w in have for w in want):
                 raise ValueError(
                     f"adapter {self.adapter.name!r}: {type(self).__name__} sets its own parameter groups; build the "
@@ -72,9 +80,9 @@ class Schedules:
     def __init__(self, adapters: Iterable["Adapter"]) -> None:
         self.each = {a.name: a.schedule for a in adapters}
 
-    def groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    def groups(self, lr: float, weight_decay: float = 0.0, head_lr: float | None = None) -> list[dict[str, Any]]:
         """Every adapter's parameter groups."""
-        return [g for s in self.each.values() for g in s.groups(lr, weight_decay)]
+        return [g for s in self.each.values() for g in s.groups(lr, weight_decay, head_lr)]
 
     def begin(self, optimizer: torch.optim.Optimizer, n_steps: int) -> None:
         """`Schedule.begin` of each."""

@@ -31,9 +31,12 @@ class Dim:
         missing = sorted(self.names - dims.keys())
         if missing:
             raise ValueError(f"dimension {self.text!r} names {missing}, which is neither a size nor a hyperparameter")
-        value = self.evaluate(dims)
+        used = ", ".join(f"{n} = {dims[n]}" for n in sorted(self.names))
+        try:
+            value = self.evaluate(dims)
+        except ZeroDivisionError:
+            raise ValueError(f"dimension {self.text!r} divides by zero where {used}") from None
         if value != int(value) or value < 1:
-            used = ", ".join(f"{n} = {dims[n]}" for n in sorted(self.names))
             raise ValueError(f"dimension {self.text!r} is {value} where {used}; it must be an integer of at least 1")
         return int(value)
 

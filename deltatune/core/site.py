@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -166,7 +166,16 @@ def sites(
     Raises ValueError where a name, a role, a layer or `kinds` leaves nothing, with the nearest names that would be
     right.
     """
-    table = all_sites(model)
+    return select(all_sites(model), where, layers, kinds)
+
+
+def select(
+    table: Sequence[Site],
+    where: str | Sequence[str],
+    layers: int | Iterable[int] | None = None,
+    kinds: Iterable[str] | None = None,
+) -> tuple[Site, ...]:
+    """`sites` on a table that is there already."""
     supported = None if kinds is None else frozenset(kinds)
     order = {site.name: i for i, site in enumerate(_with_slices(table))}
     hits: dict[str, Site] = {}
@@ -289,15 +298,16 @@ def _leaves(path: str, module: nn.Module) -> Iterator[Site]:
         return
     last = path.rpartition(".")[2]
     bias = getattr(module, "bias", None) is not None
-    d_in, weight = getattr(module, "in_features", None), getattr(module, "weight", None)
+    d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    weight = getattr(module, "weight", None)
     shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
     classes = " ".join(c.__name__ for c in type(module).__mro__)  # an attached module's class is a subclass of its own
     if isinstance(module, nn.Embedding):
         yield Site(path, path, "embedding", None, None, module.embedding_dim, module.num_embeddings, False)
     elif isinstance(module, nn.Conv2d):
         yield Site(path, path, "conv2d", None, None, math.prod(shape[1:]), shape[0], bias)
-    elif isinstance(d_in, int):  # quantised linears have it too, and a weight of another shape
-        yield Site(path, path, "linear", None, None, d_in, cast(int, module.out_features), bias)
+    elif isinstance(d_in, int) and isinstance(d_out, int):  # quantised linears have both, and another weight
+        yield Site(path, path, "linear", None, None, d_in, d_out, bias)
     elif len(shape) == 2 and "Conv1D" in classes:
         yield Site(path, path, "linear", None, None, *shape, bias)
     elif len(shape) == 1 and ("norm" in classes.lower() or re.match("ln_|.*norm", last, re.IGNORECASE)):
@@ -309,9 +319,9 @@ def _leaves(path: str, module: nn.Module) -> Iterator[Site]:
     if flip is None and {"gate_up_proj", "down_proj"} <= fused.keys():
         flip = fused["gate_up_proj"][2] != fused["down_proj"][1]  # stored as (E, O, I), both are the model's width
     for name, (n, *sizes) in fused.items():
-        d_out, d_in = reversed(sizes) if flip else sizes
-        yield Site(f"{path}.{name}", path, "experts", None, None, d_in, d_out, f"{name}_bias" in params, "", name, None,
-                   None, n)  # fmt: skip
+        o, i = reversed(sizes) if flip else sizes
+        full = f"{path}.{name}".lstrip(".")
+        yield Site(full, path, "experts", None, None, i, o, f"{name}_bias" in params, param=name, n_experts=n)
 
 
 def _is_attn(component: str) -> bool:

@@ -60,7 +60,7 @@ def input_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any
     @functools.wraps(forward)
     def input_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         deltas = self.deltas.values() if "deltas" in self._modules else ()  # type: ignore[operator, union-attr]
-        live = [d for d in deltas if d.on and d.has_tokens]
+        live = [d for d in deltas if d.switch.on and d.has_tokens]
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         states, cross = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
         if states is not None and cross is not None and cross.ndim == 2 and states.shape[1] > cross.shape[1]:

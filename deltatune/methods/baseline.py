@@ -1,5 +1,6 @@
 """What every method is measured against: all of the weights, and none but the task head."""
 
+import torch
 from torch import Tensor, nn
 
 from ..core.adapter import EVERYTHING
@@ -12,7 +13,7 @@ class Full(Method, name="full"):
     category = "baseline"
     where = EVERYTHING
     in_place = True
-    lr = (1e-5, 1e-4)
+    lr = (2e-5, 5e-4)
 
 
 class Own(Method):
@@ -21,11 +22,17 @@ class Own(Method):
     category = "baseline"
     kinds = frozenset({"linear", "conv2d", "embedding", "norm"})
     lr = (1e-4, 1e-2)
-    exceptions = {"stacked": "it replaces the weight, so what stands inside it has no effect"}
 
     def build(self, base, dtype):
-        self.weight = nn.Parameter(base.weight.to(dtype, copy=True))
+        self.weight = nn.Parameter(base.weight.to(dtype, copy=True, memory_format=torch.contiguous_format))
         self.bias = None if base.bias is None else nn.Parameter(base.bias.to(dtype, copy=True))
+
+    def dims(self, base):
+        return {"n_weight": self.weight.numel(), "n_bias": 0 if self.bias is None else self.bias.numel()}
+
+    @classmethod
+    def count(cls):
+        return "n_weight + n_bias"
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.weight, self.bias

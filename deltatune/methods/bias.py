@@ -13,7 +13,7 @@ class BitFit(Method, name="bitfit"):
     where = "linear,norm"
     kinds = frozenset({"linear", "norm"})
     fast_kinds = kinds
-    lr = (1e-4, 1e-2)
+    lr = (3e-4, 1e-2)
     d: Tensor = param("d_out")
 
     @classmethod

@@ -2,10 +2,16 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from ..core.inits import normal
 from ..core.method import Method, param
+
+
+def vocabulary(shape, *, base, **_):
+    """Rows of the backbone's own token embeddings, drawn at random: the paper's better start."""
+    table = base.module.get_input_embeddings().weight
+    return table[torch.randint(table.shape[0], (shape[0],), device=table.device)].float()
 
 
 class PromptTuning(Method, name="prompt_tuning"):
@@ -18,7 +24,7 @@ class PromptTuning(Method, name="prompt_tuning"):
     exceptions = {"identity": "soft tokens take a share of the attention from the start"}
     n: int = 20  # how many soft tokens
     side: Literal["encoder", "decoder"] = "encoder"  # of an encoder-decoder, which input gets them
-    prompt: Tensor = param("n d_in", normal(0.02))
+    prompt: Tensor = param("n d_in", vocabulary)
 
     @classmethod
     def fits(cls, config, site):

@@ -12,7 +12,7 @@ class IA3(Method, name="ia3"):
     paper = "2205.05638"
     category = "additive"
     where = "k,v,mlp.down"
-    lr = (1e-3, 3e-2)
+    lr = (3e-3, 5e-2)
     scale: Tensor = param("n", ones)
 
     def dims(self, base):

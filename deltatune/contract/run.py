@@ -1,0 +1,104 @@
+"""Which checks run where: each once, drawn by the seed, or all of the product."""
+
+import random
+from collections.abc import Iterable
+
+from ..core.errors import unknown
+from ..core.method import Method
+from .beds import BEDS, Bed
+from .checks import CHECKS, DTYPES, Check, Result, checks_of, run_one
+from .pair import PAIR, two_processes
+
+
+def run(
+    method: type[Method],
+    *,
+    seed: int = 0,
+    kinds: Iterable[str] | None = None,
+    dtypes: Iterable[str] | None = None,
+    full: bool = False,
+) -> list[Result]:
+    """Every check on `method`, the two processes' included.
+
+    `kinds` are beds or kinds of site, `dtypes` those of the base; by default all that the method names. Each check runs
+    once, on a bed and a dtype drawn by `seed`, or with `full` on every bed and dtype. Raises ValueError where none fits.
+    """
+    beds, names = _choose(method, kinds, dtypes)
+    results: list[Result] = []
+    for check in checks_of(method):
+        results += run_check(method, check.name, seed=seed, kinds=[b.name for b in beds], dtypes=names, full=full)
+    rng = random.Random(f"{seed} {method.name} pair")
+    there = [b for b in beds if not b.later]
+    if not there:
+        return results
+    exempt = [name for name in PAIR if name in method.exceptions]
+    results += [Result(name, "", "", "exempt", method.exceptions[name]) for name in exempt]
+    wide = [d for d in names if d != "bfloat16"] or names
+    jobs = [
+        (name, method, bed.name, dtype)
+        for name in PAIR
+        if name not in exempt
+        for bed in (there if full else [rng.choice(there)])
+        for dtype in (wide if full else [rng.choice(wide)])
+    ]
+    for (name, _, bed_name, dtype), text in zip(jobs, two_processes(jobs, seed), strict=True):
+        if text.startswith("skipped: "):
+            results.append(Result(name, bed_name, dtype, "skipped", text.removeprefix("skipped: ")))
+        else:
+            results.append(Result(name, bed_name, dtype, "failed" if text else "passed", text))
+    return results
+
+
+def run_check(
+    method: type[Method],
+    name: str,
+    *,
+    seed: int = 0,
+    kinds: Iterable[str] | None = None,
+    dtypes: Iterable[str] | None = None,
+    full: bool = False,
+) -> list[Result]:
+    """One check: on every bed and dtype, or on the first in an order drawn by `seed` that is not skipped."""
+    if name not in CHECKS:
+        raise unknown("check", name, CHECKS)
+    beds, names = _choose(method, kinds, dtypes)
+    check = CHECKS[name]
+    if full:
+        return [run_one(method, check, bed, dtype, seed) for bed in beds for dtype in names]
+    results = []
+    for bed, dtype in _order(method, check, beds, names, seed):
+        result = run_one(method, check, bed, dtype, seed)
+        if result.status != "skipped":
+            return [result]
+        results.append(result)
+    return results[:1]
+
+
+def _order(method: type[Method], check: Check, beds: list[Bed], names: list[str], seed: int) -> list[tuple[Bed, str]]:
+    """One dtype for each bed, in a drawn order."""
+    rng = random.Random(f"{seed} {method.name} {check.name}")
+    rng.shuffle(beds)
+    allowed = [d for d in names if check.half or d != "bfloat16"] or names
+    return [(bed, rng.choice(allowed)) for bed in sorted(beds, key=lambda bed: bool(bed.later))]
+
+
+def _choose(method: type[Method], kinds: Iterable[str] | None, dtypes: Iterable[str] | None) -> tuple[list[Bed], list[str]]:
+    if not (isinstance(method, type) and issubclass(method, Method) and method.name):
+        raise ValueError(f"the contract suite checks a named subclass of deltatune.Method, not {method!r}")
+    wanted = None if kinds is None else list(kinds)
+    for kind in wanted or ():
+        if kind not in BEDS and kind not in {bed.kind for bed in BEDS.values()}:
+            raise unknown("kind of site", kind, [*BEDS, *(bed.kind for bed in BEDS.values())])
+    names = list(DTYPES) if dtypes is None else list(dtypes)
+    for name in names:
+        if name not in DTYPES:
+            raise unknown("dtype", name, DTYPES)
+    for check in method.exceptions:
+        if check not in (*CHECKS, *PAIR):
+            raise unknown(f"check in the exceptions of {method.name}", check, [*CHECKS, *PAIR])
+    beds = [b for b in BEDS.values() if (wanted is None or b.name in wanted or b.kind in wanted) and b.suits(method)]
+    if not beds:
+        there = ", ".join(sorted({bed.kind for bed in BEDS.values()}))
+        asked = ", ".join(wanted) if wanted is not None else ", ".join(sorted(method.kinds))
+        raise ValueError(f"{method.name} fits no bed of kind {asked}; there are {there}")
+    return beds, names

@@ -1,0 +1,1 @@
+"""Training: transformers' Trainer with the adapters' schedules, backbones, and texts as batches."""

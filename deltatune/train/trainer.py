@@ -1,0 +1,119 @@
+"""transformers' Trainer for adapters: their parameter groups and schedules, and checkpoints that hold them alone."""
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from ..core.adapter import Adapter, adapters
+from ..core.schedule import Schedules
+
+SCHEDULES = "schedules.pt"
+
+
+def trained(model: nn.Module) -> list[Adapter]:
+    """The adapters on the model that have something to train. Raises ValueError where there is none."""
+    found = [a for a in adapters(model).values() if any(p.requires_grad for p in a.parameters())]
+    if not found:
+        have = adapters(model)
+        why = f"adapters {', '.join(have)} are not trainable" if have else "the model has no adapter"
+        raise ValueError(f"nothing to train: {why}; call dt.attach(model, ...) or adapter.trainable() first")
+    return found
+
+
+def check_alive(model: nn.Module, optimizer: Any, found: list[Adapter]) -> None:
+    """Every declared trained tensor is in the optimiser, in its dtype, with a finite gradient, and nothing else trains.
+
+    Raises ValueError naming the tensor and the likely cause. Called once, before the first optimiser step.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    mine: set[int] = set()
+    for adapter in found:
+        in_place = set(adapter._info.owned)
+        for name, p in adapter.named_parameters():
+            mine.add(id(p))
+            where = f"adapter {adapter.name!r}: {name}"
+            if not p.requires_grad:
+                raise ValueError(f"{where} does not require a gradient; other code froze it after attach")
+            if id(p) not in held:
+                raise ValueError(f"{where} is not in the optimiser; build it after attach, from adapter.groups(lr)")
+            if p.dtype in (torch.float16, torch.bfloat16) and name.partition(".")[2] not in in_place:
+                raise ValueError(f"{where} is {p.dtype}: the model was cast after attach; cast it first, deltas stay fp32")
+            if p.grad is None:
+                raise ValueError(
+                    f"{where} got no gradient: its site did not run, its forward was replaced after attach, or the loss "
+                    f"reads the layer's weight past the delta"
+                )
+            if not torch.isfinite(p.grad).all():
+                raise ValueError(f"{where} has a gradient that is not finite at the first step; lower the learning rate")
+    for name, p in model.named_parameters():
+        if p.requires_grad and id(p) not in mine:
+            raise ValueError(f"{name} is trained though no adapter declares it; requires_grad was set by other code")
+
+
+class ScheduleCallback(TrainerCallback):
+    """The schedules' events for any Trainer, TRL's included; and the liveness check before the first step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.found = model, trained(model)
+        self.schedules = Schedules(self.found)
+        self.checked = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.schedules.begin(kwargs["optimizer"], state.max_steps)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.checked:
+            check_alive(self.model, kwargs["optimizer"], self.found)
+            self.checked = True
+        self.schedules.before_step(state.global_step)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.schedules.after_step(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.schedules.end()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        torch.save(self.schedules.state_dict(), os.path.join(folder, SCHEDULES))
+
+
+class AdapterTrainer(Trainer):
+    """A Trainer whose optimiser comes from the adapters' groups and whose checkpoints hold adapters alone."""
+
+    def __init__(self, model: nn.Module, *args: Any, head_lr: float | None = None, **kwargs: Any) -> None:
+        self.events, self.head_lr = ScheduleCallback(model), head_lr
+        super().__init__(model, *args, **kwargs)
+        self.add_callback(self.events)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = self.events.schedules.groups(self.args.learning_rate, self.args.weight_decay, self.head_lr)
+            self.optimizer = cls(groups, **options)
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = output_dir or self.args.output_dir
+        assert folder is not None
+        for adapter in self.events.found:
+            adapter.save(folder if len(self.events.found) == 1 else os.path.join(folder, adapter.name))
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, os.path.join(folder, "training_args.bin"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        for adapter in self.events.found:
+            own = os.path.join(resume_from_checkpoint, adapter.name)
+            adapter.restore(own if len(self.events.found) > 1 else resume_from_checkpoint)
+        schedules = os.path.join(resume_from_checkpoint, SCHEDULES)
+        self.events.schedules.load_state_dict(torch.load(schedules, weights_only=True))
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        for adapter in self.events.found:
+            own = os.path.join(self.state.best_model_checkpoint, adapter.name)
+            adapter.restore(own if len(self.events.found) > 1 else self.state.best_model_checkpoint)

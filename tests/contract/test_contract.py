@@ -1,0 +1,85 @@
+"""The contract suite, generated: every (method, check) pair once, on a kind and a dtype drawn by a seed of the day.
+
+`DELTATUNE_CONTRACT_SEED=n` draws as another day did; the full product of kinds and dtypes is marked `slow`.
+"""
+
+import datetime
+import os
+
+import pytest
+
+from deltatune import contract
+from deltatune.contract.pair import two_processes
+from deltatune.core.method import METHODS, Method
+
+SEED = int(os.environ.get("DELTATUNE_CONTRACT_SEED", datetime.date.today().toordinal()))
+OURS = {name: method for name, method in METHODS.items() if method.__module__.startswith("deltatune.")}
+CASES = [(name, check.name) for name, method in OURS.items() for check in contract.checks_of(method)]
+NEEDED = ["copies", "rows", "save_load", "trains"]  # an exemption from these is no exception but a defect
+
+
+def settle(results: list[contract.Result], name: str) -> None:
+    """One result of pytest's for those of the suite."""
+    again = f"DELTATUNE_CONTRACT_SEED={SEED} draws it again"
+    print(again)
+    failed = [r for r in results if r.status == "failed"]
+    assert not failed, f"{name}, {again}:\n{contract.text(failed)}"
+    if all(r.status in ("skipped", "exempt") for r in results):
+        pytest.skip(f"{results[0].status}: {results[0].detail}")
+
+
+@pytest.mark.parametrize(("name", "check"), CASES, ids=["-".join(case) for case in CASES])
+def test_contract(name: str, check: str) -> None:
+    settle(contract.run_check(METHODS[name], check, seed=SEED), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "check"), CASES, ids=["-".join(case) for case in CASES])
+def test_full_product(name: str, check: str) -> None:
+    settle(contract.run_check(METHODS[name], check, seed=SEED, full=True), name)
+
+
+def jobs(full: bool) -> list[tuple[str, type[Method], str, str]]:
+    """What the pair of processes runs: every method under DDP and FSDP2."""
+    found = []
+    for name, method in OURS.items():
+        beds = [bed.name for bed in contract.BEDS.values() if bed.suits(method) and not bed.later]
+        beds = beds if full else [beds[(SEED + len(name)) % len(beds)]]
+        found += [(how, method, bed, "float32") for how in contract.PAIR if how not in method.exceptions for bed in beds]
+    return found
+
+
+def _pair(full: bool) -> None:
+    todo = jobs(full)
+    texts = two_processes(todo, SEED)
+    wrong = [f"{method.name} {how} on {bed}: {text}" for (how, method, bed, _), text in zip(todo, texts, strict=True) if text]
+    assert not wrong, f"DELTATUNE_CONTRACT_SEED={SEED}:\n" + "\n".join(wrong)
+
+
+def test_two_processes() -> None:
+    """DDP and FSDP2, one pair of processes for all methods."""
+    _pair(full=False)
+
+
+@pytest.mark.slow
+def test_two_processes_everywhere() -> None:
+    _pair(full=True)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_exceptions_are_real(name: str) -> None:
+    """An exception names a check that the method fails somewhere, and says why; a stale one has to go."""
+    method = METHODS[name]
+    bare = type("Bare", (method,), {"exceptions": {}})
+    bare.name = name
+    for check, reason in method.exceptions.items():
+        assert check in contract.CHECKS and check not in NEEDED
+        assert len(reason.split()) > 3
+        results = contract.run_check(bare, check, seed=SEED, full=True)
+        assert any(r.status == "failed" for r in results), f"{name} passes {check} everywhere: its exception is stale"
+
+
+def test_a_method_has_its_share() -> None:
+    """Every method is tried on every bed that suits it, and every bed suits some method."""
+    idle = {bed.name for bed in contract.BEDS.values() if not any(bed.suits(method) for method in OURS.values())}
+    assert idle <= {"span", "block", "quantised"}, f"no method is tried on {sorted(idle)}"

@@ -1,0 +1,94 @@
+"""What two gloo processes do: every method under FSDP2, a shard per block and a shard per linear layer."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from foreign import COLUMNS, Case, base, batch, labels, outputs
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import deltatune as dt
+
+WAYS = ("block", "linear")
+
+
+def trained(model: Any, n_steps: int = 2) -> list[float]:
+    """The losses of a few steps of SGD on everything that trains."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    found = []
+    for _ in range(n_steps):
+        loss = model(**batch(), labels=labels()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(loss.detach()))
+    return found
+
+
+def shard(model: Any, way: str) -> None:
+    """`fully_shard` on every block or on every linear layer, then on the model."""
+    mesh = init_device_mesh("cpu", (2,))
+    modules = list(model.model.layers) if way == "block" else [m for m in model.modules() if isinstance(m, nn.Linear)]
+    for module in (*modules, model):
+        fully_shard(module, mesh=mesh)
+
+
+def one(column: str, way: str, folder: Path) -> dict[str, Any]:
+    """What one method does under one sharding, beside the same method without any."""
+    case = Case(column, folder)
+    alone, model = case.attached(), case.attached()
+    shard(model, way)
+    found: dict[str, Any] = {"outputs": (outputs(model), outputs(alone)), "losses": (trained(model), trained(alone))}
+    found["trained"] = (outputs(model), outputs(alone))
+    adapter = dt.adapters(model)["default"]
+    found["params"] = (adapter.params(), dt.adapters(alone)["default"].params())
+    adapter.save(folder)
+    with adapter.disabled():
+        found["disabled"] = (outputs(model), outputs(base()))
+    dist.barrier()
+    other = case.attached(seed=7)
+    shard(other, way)
+    dt.adapters(other)["default"].restore(folder)
+    found["restored"] = (outputs(other), found["trained"][0])
+    found["errors"] = {}
+    bare = base()
+    shard(bare, way)
+    try:
+        case.attach(bare)
+    except ValueError as error:
+        found["errors"]["attach"] = str(error)
+    for verb in ("detach", "merge"):
+        try:
+            getattr(adapter, verb)()
+        except ValueError as error:
+            found["errors"][verb] = str(error)
+    print(column, way, time.time(), flush=True)
+    return found
+
+
+def run(rank: int, folder: str, n_threads: int) -> None:
+    """One of the two processes; the first writes what it found."""
+    torch.set_num_threads(n_threads)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    found: dict[tuple[str, str], Any] = {}
+    for column in COLUMNS:
+        for way in WAYS:
+            try:
+                found[column, way] = one(column, way, Path(folder) / column / way)
+            except Exception as error:
+                found[column, way] = f"{type(error).__name__}: {error}"
+    if rank == 0:
+        torch.save(found, Path(folder) / "found.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def saved(folder: Path, column: str, way: str) -> Tensor:
+    """The outputs of a fresh base with the adapter that the two processes saved."""
+    model = base()
+    dt.load(model, folder / column / way)
+    return outputs(model)
