@@ -1,7 +1,7 @@
 """What every benchmark shares: the registry, clocks, models, checks, the table and the JSON.
 
 A benchmark is a function of `Options` that returns rows. It runs HF PEFT beside us in the same process and run, in
-turns, so that whatever else the machine does hits both; and it checks first that both compute the same, and raises `Red`
+turns, so that whatever else the machine does hits both. It checks first that both compute the same, and raises `Red`
 where they do not: then no number is printed.
 """
 

@@ -115,10 +115,10 @@ def _model_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, An
     ) -> None:
         names = adapters(self)
         if push_to_hub:
-            raise ValueError("save_pretrained of a model with adapters writes the folder alone; push_to_hub=True is not done")
+            raise ValueError("save_pretrained of a model with adapters writes a folder alone; push_to_hub=True is refused")
         sharded = any(hasattr(p, "full_tensor") for adapter in names.values() for p in adapter.parameters())
-        if sharded and state_dict is not None:  # the stock Trainer: one rank alone calls, and no shard could be gathered
-            raise ValueError("a sharded adapter is saved by all ranks together: call adapter.save(folder) on each of them")
+        if sharded and state_dict is not None:  # the stock Trainer: one rank alone calls, no shard could be gathered
+            raise ValueError("all ranks save a sharded adapter together: call adapter.save(folder) on each of them")
         if not (is_main_process or sharded):
             return
         integrate()
@@ -130,7 +130,7 @@ def _model_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, An
         out = getattr(cls, enable)(self, *args, **kwargs)
         if not _input_grads(self):
             ask_for_input_grads(self)
-        elif not had and not _reentrant(self):  # transformers asks always, which costs a backward below the first delta
+        elif not had and not _reentrant(self):  # transformers asks always: a backward below the first delta, for nothing
             self.disable_input_require_grads()
         return out
 
@@ -156,8 +156,10 @@ def _peft_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any
 
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         names = ", ".join(adapters(self))
-        raise ValueError(f"this PeftModel carries adapters of deltatune too ({names}), which its files could not hold; save those "
-                         f"with adapter.save(folder), and PEFT's own after detaching them")  # fmt: skip
+        raise ValueError(
+            f"this PeftModel carries adapters of deltatune too ({names}), which its files could not hold; save those "
+            f"with adapter.save(folder), and PEFT's own after detaching them"
+        )
 
     namespace["save_pretrained"] = save_pretrained
     return forward
@@ -211,7 +213,8 @@ def install_trainer() -> None:
         if not _restore(self, self.state.best_model_checkpoint):
             load_best(self)
 
-    Trainer._load_from_checkpoint, Trainer._load_best_model = _load_from_checkpoint, _load_best_model
+    for own in (_load_from_checkpoint, _load_best_model):
+        setattr(Trainer, own.__name__, own)
 
 
 def _restore(trainer: Any, folder: str) -> bool:

@@ -40,17 +40,17 @@ def table(cells: Iterable[Cell], folder: str | os.PathLike[str] | None = None) -
     found = groups(cells, folder)
     caption = Text("\n").join(Text().join(_styled(part) for part in group.verdict) for group in found)
     out = Table(caption=caption, caption_justify="left", title=found[0].title if len(found) == 1 else None)
-    out.add_column("method", no_wrap=False)
-    for name in ("score", "trainable", "share", "peak", "step", "train", "file", "lr"):
-        out.add_column(name, justify="right", no_wrap=name != "score")
+    out.add_column("method", min_width=13)
+    for name in ("score", "trainable", "peak", "train", "lr"):  # what 80 columns hold; the page has the rest
+        out.add_column(name, justify="right", no_wrap=name != "score", min_width=9 if name == "score" else None)
     for group in found:
         out.add_section()
         if len(found) > 1:
             out.add_row(Text(group.title, style="bold"), Text(group.metric, style="dim"))
         for row in group.rows:
             style = {"best": "bold green", "tied": "green"}.get(row.standing, "")
-            cost = [f"{row.time('step_ms'):.0f} ms", seconds(row.time("train_s")), size(row.file_bytes)]
-            counts = [count(row.n_trainable), percent(row.share), size(row.memory.peak)]
+            cost = [seconds(row.time("train_s"))]
+            counts = [count(row.n_trainable), size(row.memory.peak)]
             out.add_row(Text(row.label), Text(str(row.score), style=style), *counts, *cost, _lrs(row))
         for cell in group.failures:
             out.add_row(Text(f"{cell.label}, seed {cell.key.seed}", style="red"), Text(reason(cell), style="red"))

@@ -40,7 +40,7 @@ class Conv1D(nn.Module):
 
 
 class Experts(nn.Module):
-    """All experts' gated MLPs in two tensors, as transformers' MixtralExperts has them; every token takes every expert."""
+    """All experts' gated MLPs in two tensors, as MixtralExperts has them; every token takes every expert."""
 
     def __init__(self, n_experts: int = 2) -> None:
         super().__init__()
@@ -106,7 +106,9 @@ class Block(nn.Module):
 
     reentrant: bool | None = None  # None: no checkpointing
 
-    def __init__(self, linear: Callable[[int, int], nn.Module], norm: Callable[[int], nn.Module], fused: bool, sparse: bool) -> None:
+    def __init__(
+        self, linear: Callable[[int, int], nn.Module], norm: Callable[[int], nn.Module], fused: bool, sparse: bool
+    ) -> None:
         super().__init__()
         self.norm_attn, self.norm_mlp = norm(WIDTH), norm(WIDTH)
         self.self_attn = Attention(linear, fused)
@@ -232,9 +234,11 @@ class Bed:
             return False
         if method.in_place:
             return True
-        if self.kind in WEIGHTS and not method.has_fold:
-            if self.kind not in method.fast_kinds or self.where and method.has_pre:  # a slice has no input of its own
-                return False
+        slow = (
+            self.kind not in method.fast_kinds or bool(self.where) and method.has_pre
+        )  # a slice has no input of its own
+        if self.kind in WEIGHTS and slow and not method.has_fold:
+            return False
         return bool(self.later) or any(method.fits(method.configure(), site) for site in self.sites())
 
 
@@ -246,10 +250,11 @@ def outputs(model: nn.Module, batch: dict[str, Tensor], **own: Tensor) -> Tensor
 
 def checkpointed(model: nn.Module, reentrant: bool) -> None:
     """Switch gradient checkpointing on."""
-    if hasattr(model, "gradient_checkpointing_enable"):
+    enable: Any = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # its new name is not in the oldest that we support
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            enable({"use_reentrant": reentrant})
     for module in model.modules():
         if isinstance(module, Block):
             module.reentrant = reentrant
@@ -263,7 +268,7 @@ def on_meta(bed: Bed) -> nn.Module:
 
 @torch.no_grad()
 def materialise(model: nn.Module, like: nn.Module) -> None:
-    """Give `model`, built on meta, memory and the values of `like`, what no checkpoint holds (rotary tables) included."""
+    """Give `model`, built on meta, the values of `like`, those that no checkpoint holds (rotary tables) included."""
     model.to_empty(device="cpu")
     own = dict(like.named_parameters(remove_duplicate=False)) | dict(like.named_buffers(remove_duplicate=False))
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

@@ -21,8 +21,10 @@ def run(
     """Every check on `method`, the two processes' included.
 
     `kinds` are beds or kinds of site, `dtypes` those of the base; by default all that the method names. Each check runs
-    once, on a bed and a dtype drawn by `seed`, or with `full` on every bed and dtype. Raises ValueError where none fits.
+    once, on a bed and a dtype drawn by `seed`, or with `full` on each. Raises ValueError where none fits.
     """
+    if not __debug__:
+        raise ValueError("the checks are assertions; run them without python -O")
     beds, names = _choose(method, kinds, dtypes)
     results: list[Result] = []
     for check in checks_of(method):
@@ -78,11 +80,13 @@ def _order(method: type[Method], check: Check, beds: list[Bed], names: list[str]
     """One dtype for each bed, in a drawn order."""
     rng = random.Random(f"{seed} {method.name} {check.name}")
     rng.shuffle(beds)
-    allowed = [d for d in names if check.half or d != "bfloat16"] or names
+    allowed = [d for d in names if d in check.dtypes] or names
     return [(bed, rng.choice(allowed)) for bed in sorted(beds, key=lambda bed: bool(bed.later))]
 
 
-def _choose(method: type[Method], kinds: Iterable[str] | None, dtypes: Iterable[str] | None) -> tuple[list[Bed], list[str]]:
+def _choose(
+    method: type[Method], kinds: Iterable[str] | None, dtypes: Iterable[str] | None
+) -> tuple[list[Bed], list[str]]:
     if not (isinstance(method, type) and issubclass(method, Method) and method.name):
         raise ValueError(f"the contract suite checks a named subclass of deltatune.Method, not {method!r}")
     wanted = None if kinds is None else list(kinds)

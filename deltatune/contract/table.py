@@ -38,5 +38,7 @@ def table(results: Sequence[Result], title: str | None = None) -> "Table":
     for name in ("check", "kind", "dtype", "status", "detail"):
         shown.add_column(name, overflow="fold")
     for r in results:
-        shown.add_row(*(Text(cell) for cell in (r.check, r.kind, r.dtype)), Text(r.status, style=_STYLE[r.status]), Text(r.detail))
+        shown.add_row(
+            *(Text(cell) for cell in (r.check, r.kind, r.dtype)), Text(r.status, style=_STYLE[r.status]), Text(r.detail)
+        )
     return shown

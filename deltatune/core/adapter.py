@@ -102,8 +102,8 @@ class Adapter:
             standing = module._modules.get("deltas")
             if not isinstance(standing, Deltas) or entry.key not in standing:
                 raise ValueError(
-                    f"{entry.module}: adapter {self.name!r} stood here, but {type(module).__module__}.{type(module).__qualname__} "
-                    f"took the layer's place; undo that first"
+                    f"{entry.module}: adapter {self.name!r} stood here, but {type(module).__module__}."
+                    f"{type(module).__qualname__} took the layer's place; undo that first"
                 )
             yield entry, module, standing[entry.key]  # type: ignore[misc]
 
@@ -127,7 +127,9 @@ class Adapter:
         try:
             return {n: self.model.get_parameter(n) for n in self._info.owned}
         except AttributeError as error:
-            raise ValueError(f"adapter {self.name!r} trains a parameter that is gone ({error}); undo what took its place") from None
+            raise ValueError(
+                f"adapter {self.name!r} trains a parameter that is gone ({error}); undo what took its place"
+            ) from None
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(key in the file, parameter) of everything that this adapter trains."""
@@ -183,6 +185,7 @@ class Adapter:
         info.switch.on = on
         if not info.owned or on is not bool(info.current):
             return
+        _reshard(self.model)
         with torch.no_grad():
             if not on:
                 info.current = {n: p.detach().clone() for n, p in self._owned().items()}
@@ -233,7 +236,9 @@ class Adapter:
         for name, p in self._owned().items():
             value = info.current.get(name, p.detach())
             if value.is_meta and not info.originals[name].is_meta:
-                raise ValueError(f"{name}, which adapter {self.name!r} trains in place, was offloaded since; bring it back first")
+                raise ValueError(
+                    f"{name}, which adapter {self.name!r} trains in place, was offloaded since; bring it back first"
+                )
             value = _whole(value)
             if not torch.equal(value.cpu(), info.originals[name]):  # what moved
                 state[f"0.{name}"] = value
@@ -300,9 +305,13 @@ class Adapter:
                 raise ValueError(f"{site.name}: {', '.join(names)} cannot be merged: it defines no fold")
             kept = base.stored(module, site)
             if not any(kept is t for m in module.modules() for t in (*m._parameters.values(), *m._buffers.values())):
-                raise ValueError(f"{site.name}: its weight is computed (parametrized?); what is merged into it would be lost")
+                raise ValueError(
+                    f"{site.name}: its weight is computed (parametrized?); what is merged into it would be lost"
+                )
             if kept.is_meta:
-                raise ValueError(f"{site.name}: its weight is offloaded or on the meta device; there is nothing to merge into")
+                raise ValueError(
+                    f"{site.name}: its weight is offloaded or on the meta device; there is nothing to merge into"
+                )
             tied = shared.get(id(kept), [])
             if len(tied) > 1:
                 raise ValueError(f"{site.name}: cannot merge, its weight is tied: {', '.join(tied)}")
@@ -462,20 +471,28 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
 
 def _fill(adapter: Adapter, path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
     """Copy a file's tensors into the adapter. Raises ValueError, and changes nothing, where they are not its own."""
+    _reshard(adapter.model)
     targets: dict[str, Tensor] = {}
     for (leaf, site), delta in adapter.deltas.items():
         targets |= {f"{leaf}.{site}.{n}": t for n, t in delta.state_dict(keep_vars=True).items()}
     if adapter.bank is not None:
         targets |= {f"bank.{n}": t for n, t in adapter.bank.state_dict(keep_vars=True).items()}
     owned = {f"0.{n}": p for n, p in adapter._owned().items()}
-    want = targets | {k: owned[k] for k in tensors if k in owned}  # of what is trained in place, the file has what moved
+    want = targets | {k: p for k, p in owned.items() if k in tensors}  # of what is trained in place, the file has what moved
     files.check_keys(str(path), {k: tuple(t.shape) for k, t in want.items()}, tensors)
     with torch.no_grad():
         for name, kept in adapter._info.originals.items():
             if f"0.{name}" not in tensors:
                 _copy(owned[f"0.{name}"], kept)
-        for key, value in tensors.items():
-            _copy(want[key], value)
+        for key, target in want.items():  # in one order on every rank: a file's own order is not
+            _copy(target, tensors[key])
+
+
+def _reshard(model: nn.Module) -> None:
+    """Let FSDP2 drop what a forward left gathered: what is written there would be lost."""
+    for _, module in walk(model):
+        if hasattr(type(module), "reshard") and hasattr(type(module), "unshard"):
+            module.reshard()  # type: ignore[operator]
 
 
 def _whole(t: Tensor) -> Tensor:
@@ -549,7 +566,9 @@ def _attach(
             except AttributeError:
                 raise ValueError(f"the base has no parameter {n}, which the adapter trained") from None
             if base.offloaded(modules[n.rpartition(".")[0]], n.rpartition(".")[2]) is not None:
-                raise ValueError(f"{n} is offloaded by accelerate; {in_place[0].name} trains it in place, where no gradient reaches it")
+                raise ValueError(
+                    f"{n} is offloaded by accelerate; {in_place[0].name} trains it in place, where no gradient reaches it"
+                )
         for other, their in (record.infos if record else {}).items():
             both = set(info.owned) & set(their.owned)
             if both:
@@ -760,10 +779,10 @@ def base_fingerprint(model: nn.Module, table: Iterable[Site]) -> Tensor | None:
     for info in record.infos.values() if record else ():
         moved |= info.originals
         for mark, kept in (info.merged or {}).items():
-            module = mark.partition("|")[0]
-            moved[f"{module}.weight"] = kept.weight
+            at = mark.partition("|")[0]
+            moved[f"{at}.weight"] = kept.weight
             if kept.bias is not None:
-                moved[f"{module}.bias"] = kept.bias
+                moved[f"{at}.bias"] = kept.bias
     chosen: dict[str, Tensor] = {}
     for site in table:
         if site.role in ("head", "lm_head", "pooler") or site.kind not in ("embedding", "norm", "linear"):

@@ -43,7 +43,9 @@ def offloaded(module: nn.Module, key: str) -> Tensor | None:
 def check_present(delta: "Delta") -> None:
     """Raise ValueError where accelerate's hooks took the delta's own tensors away, which no forward would bring back."""
     if hasattr(delta, "_hf_hook"):
-        raise ValueError(f"{delta.site.name}: accelerate offloaded the adapter's own tensors; offload the base first, then attach")
+        raise ValueError(
+            f"{delta.site.name}: accelerate offloaded the adapter's own tensors; offload the base first, then attach"
+        )
 
 
 def stored(module: nn.Module, site: Site) -> Tensor:
@@ -87,9 +89,8 @@ def place_of(module: nn.Module, site: Site) -> tuple[torch.device, torch.dtype]:
         return torch.device("cpu"), torch.float32
     device = first.device
     if first.is_meta:
-        hooks = [getattr(m, "_hf_hook", None) for m in module.modules()]
-        found = [h.execution_device for h in hooks if getattr(h, "execution_device", None) is not None]
-        device = torch.device(found[0]) if found else device
+        runs = [getattr(getattr(m, "_hf_hook", None), "execution_device", None) for m in module.modules()]
+        device = next((torch.device(r) for r in runs if r is not None), device)
     return device, first.dtype if first.is_floating_point() else torch.float32
 
 
@@ -124,7 +125,7 @@ class Base:
     @property
     def weight(self) -> Tensor:
         """(O, I), or the vector of a norm; of a slice its own rows."""
-        weight = _wide(matrix(self.module, self.site).detach())
+        weight = self._seen(matrix(self.module, self.site))
         return take_rows(weight, self.site) if self.site.rows else weight
 
     @property
@@ -133,12 +134,21 @@ class Base:
         bias = bias_of(self.module, self.site)
         if bias is None:
             return None
-        bias = _wide(bias.detach())
+        bias = self._seen(bias)
         return take_rows(bias, self.site) if self.site.rows else bias
 
+    @property
+    def vocabulary(self) -> Tensor:
+        """(V, D), the token embeddings of the model or stack that the site is the input of."""
+        table: nn.Module = self.module.get_input_embeddings()  # type: ignore[operator]
+        weight = table._parameters["weight"]
+        assert weight is not None
+        kept = offloaded(table, "weight") if weight.is_meta else None
+        return self._seen(weight if kept is None else kept)
 
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
+    def _seen(self, t: Tensor) -> Tensor:
+        t = t.detach().to(place_of(self.module, self.site)[0])  # from where accelerate keeps it
+        return t if t.dtype == torch.float64 else t.float()
 
 
 Folded = tuple[Tensor, Tensor | None]

@@ -10,8 +10,8 @@ from ..core.method import Method, param
 
 def vocabulary(shape, *, base, **_):
     """Rows of the backbone's own token embeddings, drawn at random: the paper's better start."""
-    table = base.module.get_input_embeddings().weight
-    return table[torch.randint(table.shape[0], (shape[0],), device=table.device)].float()
+    table = base.vocabulary
+    return table[torch.randint(table.shape[0], (shape[0],), device=table.device)]
 
 
 class PromptTuning(Method, name="prompt_tuning"):

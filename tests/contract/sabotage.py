@@ -284,7 +284,7 @@ class Limits(Shift, name="limits"):
 class LimitsToo(Shift, name="limits_too"):
     """It lets a rank be larger than the layer, which its limits forbid."""
 
-    limits = {"r": "min(d_in,d_out)"}
+    limits: ClassVar[dict[str, str]] = {"r": "min(d_in,d_out)"}
     r: int = 4
     a: Tensor = param("r d_in")
 
@@ -310,4 +310,3 @@ class Restored(Method, name="restored"):
 
 def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-

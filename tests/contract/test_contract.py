@@ -45,14 +45,18 @@ def jobs(full: bool) -> list[tuple[str, type[Method], str, str]]:
     for name, method in OURS.items():
         beds = [bed.name for bed in contract.BEDS.values() if bed.suits(method) and not bed.later]
         beds = beds if full else [beds[(SEED + len(name)) % len(beds)]]
-        found += [(how, method, bed, "float32") for how in contract.PAIR if how not in method.exceptions for bed in beds]
+        found += [
+            (how, method, bed, "float32") for how in contract.PAIR if how not in method.exceptions for bed in beds
+        ]
     return found
 
 
 def _pair(full: bool) -> None:
     todo = jobs(full)
     texts = two_processes(todo, SEED)
-    wrong = [f"{method.name} {how} on {bed}: {text}" for (how, method, bed, _), text in zip(todo, texts, strict=True) if text]
+    wrong = [
+        f"{method.name} {how} on {bed}: {text}" for (how, method, bed, _), text in zip(todo, texts, strict=True) if text
+    ]
     assert not wrong, f"DELTATUNE_CONTRACT_SEED={SEED}:\n" + "\n".join(wrong)
 
 
@@ -73,7 +77,8 @@ def test_exceptions_are_real(name: str) -> None:
     bare = type("Bare", (method,), {"exceptions": {}})
     bare.name = name
     for check, reason in method.exceptions.items():
-        assert check in contract.CHECKS and check not in NEEDED
+        assert check in contract.CHECKS
+        assert check not in NEEDED
         assert len(reason.split()) > 3
         results = contract.run_check(bare, check, seed=SEED, full=True)
         assert any(r.status == "failed" for r in results), f"{name} passes {check} everywhere: its exception is stale"

@@ -29,6 +29,12 @@ def test_the_pair_can_fail(broken: dict[str, type[Method]]) -> None:
     """In one pair of processes: the sound one passes before and after the broken ones."""
     names = ["sound", *contract.PAIR, "sound"]
     jobs = [(how, broken[name], "biased", "float32") for name in names for how in contract.PAIR]
-    texts = dict(zip([(name, how, i) for i, name in enumerate(names) for how in contract.PAIR], two_processes(jobs, 1), strict=True))
+    texts = dict(
+        zip(
+            [(name, how, i) for i, name in enumerate(names) for how in contract.PAIR],
+            two_processes(jobs, 1),
+            strict=True,
+        )
+    )
     for (name, how, _), text in texts.items():
         assert bool(text) == (name in contract.PAIR), f"{name} under {how}: {text or 'nothing was found'}"

@@ -120,7 +120,9 @@ def test_load(toys: dict[str, type[Method]], kind: str, tmp_path: Path) -> None:
     assert reached >= 10, "hardly a stage of load was reached"
 
 
-@pytest.mark.parametrize("bed", ["biased", "bias-free", "transposed", "slices", "embedding", "norm", "experts", "conv2d"])
+@pytest.mark.parametrize(
+    "bed", ["biased", "bias-free", "transposed", "slices", "embedding", "norm", "experts", "conv2d"]
+)
 def test_merge(bed: str) -> None:
     """A write that fails half way through, on any site, is undone everywhere."""
     place = BEDS[bed].place

@@ -88,7 +88,9 @@ def test_a_trained_bank_is_saved_once(toys: Toys, tmp_path: Path) -> None:
 
 def test_two_adapters_keep_two_banks(toys: Toys) -> None:
     model = BEDS["biased"].model()
-    one, two = (dt.attach(model, "toy_shared", where="q", head=None, name=n, seed=i) for i, n in enumerate(("one", "two")))
+    one, two = (
+        dt.attach(model, "toy_shared", where="q", head=None, name=n, seed=i) for i, n in enumerate(("one", "two"))
+    )
     assert one.bank is not two.bank
     assert storages(one)[32, 32].isdisjoint(storages(two)[32, 32])
     one.detach()

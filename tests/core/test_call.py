@@ -64,7 +64,9 @@ def test_checkpointing_restores_the_call(toys: Toys, bed: str, reentrant: bool) 
 def test_outside_the_model_s_forward_it_is_an_error(toys: Toys) -> None:
     model = BEDS["biased"].model()
     dt.attach(model, "mask_reader", where="q", head=None)
-    with pytest.raises(ValueError, match=r"self_attn\.q_proj: mask_reader reads the call's masks.*own forward is not running"):
+    with pytest.raises(
+        ValueError, match=r"self_attn\.q_proj: mask_reader reads the call's masks.*own forward is not running"
+    ):
         model.layers[0].self_attn.q_proj(torch.randn(1, 2, 32))  # type: ignore[index, union-attr, operator]
 
 

@@ -86,7 +86,9 @@ def test_a_patched_forward_is_refused() -> None:
     site = model.get_submodule("layers.0.self_attn.q_proj")
     site.forward = lambda x: F.linear(x, site.weight)  # type: ignore[assignment, arg-type]
     before = State(model)
-    with pytest.raises(ValueError, match=r"^layers\.0\.self_attn\.q_proj: its forward was replaced on the instance.*test_runtime"):
+    with pytest.raises(
+        ValueError, match=r"^layers\.0\.self_attn\.q_proj: its forward was replaced on the instance.*test_runtime"
+    ):
         dt.attach(model, "lora", where="q,v")
     before.restored(model)
 

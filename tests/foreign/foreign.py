@@ -1,8 +1,8 @@
 """The matrix of foreign hands: a row is what another library does to a model, a column is one method of each word.
 
 A row is a function of one `Case` that asserts what must hold. Every cell is `EXACT` (the function passes), `Refused`
-(it raises an error with this text, and the row asserts what is left), or `Documented` (it passes, and what it asserts is
-what the sentence says). `docs/make_foreign.py` writes the page from this table.
+(it raises an error with this text, and the row asserts what is left), or `Documented` (it passes, and asserts what the
+sentence says). `docs/make_foreign.py` writes the page from this table.
 """
 
 import functools

@@ -24,7 +24,9 @@ LOOKS, FILES, COPIES = "What the model looks like", "Files and state", "Copies a
 def signature(case: Case) -> None:
     before = base()
     model = case.attached()
-    for (name, old), new in zip(before.named_modules(), (model.get_submodule(n) for n, _ in before.named_modules()), strict=True):
+    for (name, old), new in zip(
+        before.named_modules(), (model.get_submodule(n) for n, _ in before.named_modules()), strict=True
+    ):
         assert inspect.signature(new.forward) == inspect.signature(old.forward), name
         assert isinstance(new, type(old)), name
         assert type(new).__name__ == type(old).__name__, name
@@ -73,7 +75,11 @@ def save_pretrained(case: Case) -> None:
     assert torch.equal(outputs(fresh), outputs(model))
 
 
-@row(FILES, "`from_pretrained(folder)` of what the attached model saved", Refused("no file named model.safetensors", OSError))
+@row(
+    FILES,
+    "`from_pretrained(folder)` of what the attached model saved",
+    Refused("no file named model.safetensors", OSError),
+)
 def from_pretrained(case: Case) -> None:
     case.attached().save_pretrained(case.tmp / "out")
     with pytest.raises(ValueError, match="Unrecognized model"):
@@ -136,7 +142,11 @@ def deepcopy(case: Case) -> None:
     same_but_apart(model, copy.deepcopy(model))
 
 
-@row(COPIES, "`copy.copy(model)`", Documented("shares its layers with the original, as that of any Module does: one adapter, seen twice"))
+@row(
+    COPIES,
+    "`copy.copy(model)`",
+    Documented("shares its layers with the original, as that of any Module does: one adapter, seen twice"),
+)
 def shallow_copy(case: Case) -> None:
     model = case.attached()
     other = copy.copy(model)
@@ -164,7 +174,11 @@ def torch_save(case: Case) -> None:
     same_but_apart(model, torch.load(file, weights_only=False))
 
 
-@row(COPIES, "`torch.save(model)`, `torch.load(weights_only=True)`", Refused("Weights only load failed", pickle.UnpicklingError))
+@row(
+    COPIES,
+    "`torch.save(model)`, `torch.load(weights_only=True)`",
+    Refused("Weights only load failed", pickle.UnpicklingError),
+)
 def torch_load_weights_only(case: Case) -> None:
     file = io.BytesIO()
     torch.save(case.attached(), file)
@@ -178,7 +192,10 @@ def in_a_child() -> dict[str, Tensor]:
     models = {column: Case(column, Path()).attached() for column in COLUMNS}
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=foreign_child.answer, args=(queue, foreign_child.Parcel(pickle.dumps(models)), batch(), torch.get_num_threads()))
+    process = context.Process(
+        target=foreign_child.answer,
+        args=(queue, foreign_child.Parcel(pickle.dumps(models)), batch(), torch.get_num_threads()),
+    )
     process.start()
     loaded, found = queue.get(timeout=120)
     process.join()
@@ -218,7 +235,9 @@ def user_hooks(case: Case) -> None:
     register("after")
     embeds = model.get_input_embeddings()(batch()["input_ids"]).detach().requires_grad_()
     model(inputs_embeds=embeds, attention_mask=batch()["attention_mask"]).logits.sum().backward()
-    assert sorted(seen) == sorted(f"{verb} {when} {n}" for when in ("before", "after") for verb, n in (("pre", 32), ("post", 16), ("back", 16)))
+    assert sorted(seen) == sorted(
+        f"{verb} {when} {n}" for when in ("before", "after") for verb, n in (("pre", 32), ("post", 16), ("back", 16))
+    )
 
 
 @cells(__name__)

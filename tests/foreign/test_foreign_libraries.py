@@ -76,7 +76,11 @@ def hooked(case: Case, before: bool) -> None:
     assert torch.equal(outputs(model), want)
 
 
-@row(ACCELERATE, "`cpu_offload(model)`, then attach: outputs, `save`, `detach`", full=Refused("is offloaded by accelerate; full trains it in place"))
+@row(
+    ACCELERATE,
+    "`cpu_offload(model)`, then attach: outputs, `save`, `detach`",
+    full=Refused("is offloaded by accelerate; full trains it in place"),
+)
 def offload_before(case: Case) -> None:
     model = base()
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
@@ -116,7 +120,11 @@ def dispatched(case: Case, model: Any) -> Any:
     return accelerate.dispatch_model(model, DEVICES, main_device="cpu", offload_dir=case.tmp / "disk", force_hooks=True)
 
 
-@row(ACCELERATE, "`dispatch_model(device_map)` with layers on disk, then attach", full=Refused("is offloaded by accelerate; full trains it in place"))
+@row(
+    ACCELERATE,
+    "`dispatch_model(device_map)` with layers on disk, then attach",
+    full=Refused("is offloaded by accelerate; full trains it in place"),
+)
 def dispatch_before(case: Case) -> None:
     model = dispatched(case, base())
     case.attach(model)
@@ -202,7 +210,9 @@ def parametrize_after(case: Case) -> None:
     assert close(outputs(model), halved(case))
     if case.column in ("lora", "ia3"):
         for verb in (adapter.detach, adapter.merge):
-            with pytest.raises(ValueError, match=r"its class was replaced by torch\.nn\.utils\.parametrize\.ParametrizedLinear"):
+            with pytest.raises(
+                ValueError, match=r"its class was replaced by torch\.nn\.utils\.parametrize\.ParametrizedLinear"
+            ):
                 verb()
     elif case.column == "full":
         for act in (adapter.detach, lambda: adapter.save(case.tmp / "out")):
@@ -220,9 +230,15 @@ def on_top(model: Any) -> Any:
 @row(
     PEFT,
     "`get_peft_model(attached, LoraConfig(q, v))`, later `unload()`",
-    Documented("the outputs are exact; PEFT freezes the adapter (`adapter.trainable()` thaws it), and each side saves its own"),
-    lora=Documented("the outputs are exact and PEFT freezes; while its layer holds ours, `save`, `merge`, `detach` refuse and name it"),
-    ia3=Documented("the outputs are exact and PEFT freezes; while its layer holds ours, `save`, `merge`, `detach` refuse and name it"),
+    Documented(
+        "the outputs are exact; PEFT freezes the adapter (`adapter.trainable()` thaws it), and each side saves its own"
+    ),
+    lora=Documented(
+        "outputs exact, frozen by PEFT; while its layer holds ours, `save`, `merge`, `detach` refuse and name it"
+    ),
+    ia3=Documented(
+        "outputs exact, frozen by PEFT; while its layer holds ours, `save`, `merge`, `detach` refuse and name it"
+    ),
 )
 def peft_on_top(case: Case) -> None:
     model = base()
@@ -295,12 +311,19 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 def trainer(case: Case, model: Any, **options: Any) -> Trainer:
     """transformers' own Trainer, four steps, a checkpoint after each."""
-    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 4} | options
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "max_steps": 4,
+    } | options
     return Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(case.tmp / "run"), use_cpu=True, report_to=[], disable_tqdm=True, per_device_train_batch_size=4,
-            learning_rate=0.3, lr_scheduler_type="constant", logging_strategy="no", dataloader_pin_memory=False, **options,
+            output_dir=str(case.tmp / "run"), use_cpu=True, report_to=[], disable_tqdm=True, logging_strategy="no",
+            per_device_train_batch_size=4, learning_rate=0.3, lr_scheduler_type="constant",
+            dataloader_pin_memory=False, **options,
         ),
         train_dataset=Rows(),
         eval_dataset=Rows(),
@@ -324,7 +347,10 @@ def train(case: Case) -> None:
     assert torch.equal(outputs(fresh), outputs(model))
 
 
-@row(TRAINER, "`load_best_model_at_end=True`: the best checkpoint's values are in the model, the adapter's parameters are the same objects")
+@row(
+    TRAINER,
+    "`load_best_model_at_end=True`: the best checkpoint's values, in the parameters that were there",
+)
 def load_best(case: Case) -> None:
     model = case.attached()
     adapter = dt.adapters(model)["default"]
@@ -387,7 +413,9 @@ def two_adapters(case: Case) -> None:
     names = sorted(p.parent.name for p in (case.tmp / "run" / "checkpoint-2").glob("*/adapter.safetensors"))
     assert names == ["default", "second"]
     other = both(9)
-    trainer(case, other, eval_strategy="no", max_steps=2).train(resume_from_checkpoint=str(case.tmp / "run" / "checkpoint-2"))
+    trainer(case, other, eval_strategy="no", max_steps=2).train(
+        resume_from_checkpoint=str(case.tmp / "run" / "checkpoint-2")
+    )
     assert torch.equal(outputs(other.eval()), outputs(model.eval()))
 
 

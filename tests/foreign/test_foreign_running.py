@@ -1,4 +1,4 @@
-"""What others do with a model's forward: generation, checkpointing, export, compilation, precision, tables of tokens."""
+"""What others do with a model's forward: generation, checkpointing, export, compilation, precision, token tables."""
 
 import io
 import warnings
@@ -7,7 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from foreign import COLUMNS, Case, Documented, Refused, base, batch, cells, check_cell, close, gradients, labels, outputs, row
+from foreign import (
+    COLUMNS,
+    Case,
+    Documented,
+    Refused,
+    base,
+    batch,
+    cells,
+    check_cell,
+    close,
+    gradients,
+    labels,
+    outputs,
+    row,
+)
 from torch import Tensor, nn
 
 import deltatune as dt
@@ -28,7 +42,11 @@ def continued(model: Any, **options: Any) -> Tensor:
     return found
 
 
-@row(GENERATE, "`generate`, decoder-only: greedy with the cache ≡ without ≡ each prompt alone ≡ the forward's own argmax", head=NO_HEAD)
+@row(
+    GENERATE,
+    "`generate`, decoder-only: greedy with the cache ≡ without ≡ each prompt alone ≡ the forward's own argmax",
+    head=NO_HEAD,
+)
 def greedy(case: Case) -> None:
     model = case.attached("causal")
     cached = continued(model)
@@ -49,7 +67,12 @@ def greedy(case: Case) -> None:
 def continued_alone(model: Any, ids: Tensor) -> Tensor:
     """Eight new tokens for one prompt without padding."""
     found = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=8,
+        min_new_tokens=8,
+        do_sample=False,
+        pad_token_id=0,
     )
     assert isinstance(found, Tensor)
     return found
@@ -99,7 +122,7 @@ def attentions(case: Case) -> None:
 @row(
     GENERATE,
     '`set_attn_implementation("flex_attention")` after attach',
-    Documented("not the adapter's affair: no delta of this method is in the attention, and transformers runs it or not as without"),
+    Documented("no delta of this method is in the attention: transformers runs it, or not, as without"),
     slow=tuple(c for c in COLUMNS if c != "prefix_tuning"),
     prefix_tuning=Refused("learned keys and values do not run with 'flex_attention' attention; use 'sdpa' or 'eager'"),
 )
@@ -178,7 +201,9 @@ def below_the_first(case: Case) -> None:
     model.train()
     flows: list[bool] = []
     for layer in model.model.layers:
-        layer.register_forward_hook(lambda m, args, out: flows.append((out[0] if isinstance(out, tuple) else out).requires_grad))
+        layer.register_forward_hook(
+            lambda m, args, out: flows.append((out[0] if isinstance(out, tuple) else out).requires_grad)
+        )
     model(**batch(), labels=labels()).loss.backward()
     want = {"prompt_tuning": [True, True], "full": [True, True], "head": [False, False]}.get(case.column, [False, True])
     assert flows[:2] == want
@@ -217,11 +242,17 @@ def onnx(case: Case) -> None:
 
 def refused_compiled(case: Case) -> Any:
     compiled = torch.compile(base(), backend="eager")
-    case.after.append(lambda: None if torch.equal(outputs(compiled._orig_mod), outputs(base())) else pytest.fail("changed"))
+    case.after.append(
+        lambda: None if torch.equal(outputs(compiled._orig_mod), outputs(base())) else pytest.fail("changed")
+    )
     return compiled
 
 
-@row(GRAPHS, "`dt.attach(torch.compile(model))`", Refused("the model comes from torch.compile; attach to the model itself, then compile it"))
+@row(
+    GRAPHS,
+    "`dt.attach(torch.compile(model))`",
+    Refused("the model comes from torch.compile; attach to the model itself, then compile it"),
+)
 def attach_compiled(case: Case) -> None:
     case.attach(refused_compiled(case))
 
@@ -243,7 +274,9 @@ def compiled_in_place(case: Case) -> None:
     assert close(outputs(model, "bert"), want)
 
 
-@row(GRAPHS, "`torch.compile(model, fullgraph=True)` after attach: forward, gradients, `disabled()`, `detach`", slow=FEW)
+@row(
+    GRAPHS, "`torch.compile(model, fullgraph=True)` after attach: forward, gradients, `disabled()`, `detach`", slow=FEW
+)
 def compile_attached(case: Case) -> None:
     torch._dynamo.reset()
     model = base("bert")
@@ -261,7 +294,7 @@ def compile_attached(case: Case) -> None:
 
 @row(
     TABLES,
-    "`resize_token_embeddings` after attach: the old tokens' outputs stay; a file saved before is refused on the larger base",
+    "`resize_token_embeddings` after attach: old tokens' outputs stay; a file from before is refused on the larger base",
     full=Refused("adapter 'default' is on the token embeddings; resize them first, then attach"),
 )
 def resize(case: Case) -> None:
@@ -305,7 +338,9 @@ def tie_again(case: Case) -> None:
 @row(
     TABLES,
     "`model.to(torch.bfloat16)` after attach",
-    Documented("casts the adapter's tensors too: the outputs agree within bf16's rounding, and training goes on in bf16"),
+    Documented(
+        "casts the adapter's tensors too: the outputs agree within bf16's rounding, and training goes on in bf16"
+    ),
 )
 def to_bf16(case: Case) -> None:
     model = base()
@@ -317,7 +352,11 @@ def to_bf16(case: Case) -> None:
     gradients(model)
 
 
-@row(TABLES, "a bfloat16 base, then attach: the adapter is fp32, and so are its gradients", full=Documented("trains the base's own bfloat16 tensors"))
+@row(
+    TABLES,
+    "a bfloat16 base, then attach: the adapter is fp32, and so are its gradients",
+    full=Documented("trains the base's own bfloat16 tensors"),
+)
 def bf16_base(case: Case) -> None:
     model = base().to(torch.bfloat16)
     adapter = case.attach(model)

@@ -1,5 +1,6 @@
 """FSDP2 on two processes: per block and per linear layer."""
 
+import contextlib
 import functools
 import tempfile
 from pathlib import Path
@@ -11,22 +12,26 @@ import torch
 from foreign import Case, cells, check_cell, close, row
 
 SHARDED = "FSDP2 on two processes"
+HOLDS = "outputs, losses, `disabled`, `save`, `restore`; `detach`, `merge` and a later `attach` refuse"
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
 
 
 @functools.cache
 def in_two_processes() -> tuple[Path, dict[tuple[str, str], Any]]:
-    """Every method under every sharding, from one pair of processes."""
+    """Every method under every sharding, from one pair of processes; nothing where they died."""
     folder = Path(tempfile.mkdtemp(prefix="deltatune-"))
-    torch.multiprocessing.spawn(foreign_sharded.run, args=(str(folder), torch.get_num_threads()), nprocs=2)
-    return folder, torch.load(folder / "found.pt", weights_only=False)
+    died = torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException
+    with contextlib.suppress(*died):
+        torch.multiprocessing.spawn(foreign_sharded.run, args=(str(folder), torch.get_num_threads()), nprocs=2)
+    file = folder / "found.pt"
+    return folder, torch.load(file, weights_only=False) if file.exists() else {}
 
 
 def sharded(case: Case, way: str) -> None:
     """Outputs, losses, `disabled`, `save` on every rank, `restore` into shards; structural verbs refuse."""
     folder, everything = in_two_processes()
-    found = everything[case.column, way]
+    found = everything.get((case.column, way), "the processes died")
     assert isinstance(found, dict), found
     for key in ("outputs", "trained", "disabled", "restored"):
         assert close(*found[key]), key
@@ -35,19 +40,17 @@ def sharded(case: Case, way: str) -> None:
     assert ours[0] != ours[1]
     assert found["params"][0] == found["params"][1]
     assert close(foreign_sharded.saved(folder, case.column, way), found["trained"][1])
-    assert found["errors"] == {
-        "attach": "the model is sharded already; attach first, then shard",
-        "detach": "adapter 'default' is sharded; attach, detach and merge before sharding",
-        "merge": "adapter 'default' is sharded; attach, detach and merge before sharding",
-    }
+    assert found["errors"].pop("attach") == "the model is sharded already; attach first, then shard"
+    assert set(found["errors"]) == {"detach", "merge"}
+    assert all("attach, detach and merge before sharding" in error for error in found["errors"].values())
 
 
-@row(SHARDED, "`fully_shard` per block: outputs, losses, `disabled`, `save`, `restore`; `detach`, `merge` and a later `attach` refuse")
+@row(SHARDED, f"`fully_shard` per block: {HOLDS}")
 def fsdp2_per_block(case: Case) -> None:
     sharded(case, "block")
 
 
-@row(SHARDED, "`fully_shard` per linear layer: outputs, losses, `disabled`, `save`, `restore`; `detach`, `merge` and a later `attach` refuse")
+@row(SHARDED, f"`fully_shard` per linear layer: {HOLDS}")
 def fsdp2_per_linear(case: Case) -> None:
     sharded(case, "linear")
 
