@@ -4,8 +4,8 @@ import importlib as _importlib
 
 from .core.adapter import Adapter as Adapter
 from .core.adapter import adapters as adapters
-from .core.adapter import attach as attach
-from .core.adapter import load as load
+from .core.attach import attach as attach
+from .core.attach import load as load
 from .core.compose import Average as Average
 from .core.compose import Stack as Stack
 from .core.compose import Sum as Sum

@@ -53,8 +53,7 @@ def _usage() -> str:
 
 
 def _parser(verb: str, function: Callable[..., Any]) -> ArgumentParser:
-    parser = ArgumentParser(prog=f"deltatune {verb}", description=function.__doc__, exit_on_error=False)
-    return parser
+    return ArgumentParser(prog=f"deltatune {verb}", description=function.__doc__, exit_on_error=False)
 
 
 def _parse(parser: ArgumentParser, args: list[str]) -> Namespace:
@@ -98,8 +97,12 @@ def _method_args(parser: ArgumentParser, args: list[str], default: str) -> list[
                 raise unknown(f"hyperparameter of {name}", key, [*known, *PLACE])
     comments = {n: c for n, _, _, c in METHODS[name].hyperparameters()}
     parser.add_argument("--method.name", type=str, default=name, help="registered method; deltatune methods lists them")
-    parser.add_argument("--method.where", type=str | list[str] | None, default=None, help=f"its place (default: {METHODS[name].where})")  # type: ignore[arg-type]
-    parser.add_argument("--method.layers", type=int | list[int] | None, default=None, help="layer numbers; all by default")  # type: ignore[arg-type]
+    parser.add_argument(
+        "--method.where", type=str | list[str] | None, default=None, help=f"its place (default: {METHODS[name].where})"
+    )  # type: ignore[arg-type]
+    parser.add_argument(
+        "--method.layers", type=int | list[int] | None, default=None, help="layer numbers; all by default"
+    )  # type: ignore[arg-type]
     for key, f in known.items():
         parser.add_argument(f"--method.{key}", type=f.type, default=f.default, help=comments.get(key, ""))
     return out
@@ -107,7 +110,13 @@ def _method_args(parser: ArgumentParser, args: list[str], default: str) -> list[
 
 def _config_of(args: list[str]) -> dict[str, Any]:
     for i, arg in enumerate(args):
-        path = args[i + 1] if arg == "--config" and i + 1 < len(args) else arg.partition("=")[2] if arg.startswith("--config=") else ""
+        path = (
+            args[i + 1]
+            if arg == "--config" and i + 1 < len(args)
+            else arg.partition("=")[2]
+            if arg.startswith("--config=")
+            else ""
+        )
         if path:
             if not os.path.isfile(path):
                 raise ValueError(f"no configuration file {path!r}")
@@ -134,7 +143,9 @@ def _plain(config: Namespace, drop: Sequence[str] = ("config",)) -> dict[str, An
 
 def _task_args(parser: ArgumentParser, task: str | None) -> None:
     parser.add_argument("--task", type=str | None, default=task, help="a named task, such as stdlib_docs or glue/sst2")  # type: ignore[arg-type]
-    parser.add_argument("--data", type=str | None, default=None, help="your own CSV, TSV, JSONL, parquet file, or folder")  # type: ignore[arg-type]
+    parser.add_argument(
+        "--data", type=str | None, default=None, help="your own CSV, TSV, JSONL, parquet file, or folder"
+    )  # type: ignore[arg-type]
     parser.add_argument("--text", type=str | None, default=None, help="its text column, or two with a comma between")  # type: ignore[arg-type]
     parser.add_argument("--label", type=str | None, default=None, help="its label column")  # type: ignore[arg-type]
     parser.add_argument("--kind", type=str | None, default=None, help="classification or regression, where not obvious")  # type: ignore[arg-type]
@@ -196,28 +207,59 @@ def sites_(args: list[str]) -> int:
     config = _parse(parser, args)
     model = load_shapes(config.model)
     found = all_sites(model) if config.where is None else sites(model, config.where, config.layers)
-    table = Table(title=f"{len(found)} sites of {config.model}", caption=f"{sum(s.n_weights for s in found):,} weights", caption_justify="left")
-    for column, side in (("site", "left"), ("kind", "left"), ("role", "left"), ("layer", "right"), ("in", "right"), ("out", "right"), ("weights", "right")):
+    table = Table(
+        title=f"{len(found)} sites of {config.model}",
+        caption=f"{sum(s.n_weights for s in found):,} weights",
+        caption_justify="left",
+    )
+    for column, side in (
+        ("site", "left"),
+        ("kind", "left"),
+        ("role", "left"),
+        ("layer", "right"),
+        ("in", "right"),
+        ("out", "right"),
+        ("weights", "right"),
+    ):
         table.add_column(column, justify=side, no_wrap=column == "site")  # type: ignore[arg-type]
     for s in found:
         layer = "" if s.layer is None else str(s.layer)
-        table.add_row(Text(s.name or "(the model)"), s.kind, s.role or "", layer, f"{s.d_in:,}", f"{s.d_out:,}", f"{s.n_weights:,}" if s.n_weights else "")
+        table.add_row(
+            Text(s.name or "(the model)"),
+            s.kind,
+            s.role or "",
+            layer,
+            f"{s.d_in:,}",
+            f"{s.d_out:,}",
+            f"{s.n_weights:,}" if s.n_weights else "",
+        )
     CONSOLE.print(table)
     return 0
 
 
 def train(args: list[str]) -> int:
     """Fine-tune a backbone with one method, on a named task or on your own data, into a folder."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     parser = _parser("train", train)
     parser.add_argument("--config", action="config", help="a YAML file with these options")
-    parser.add_argument("--model", type=str, default="minilm", help="the backbone: a folder, a model of the hub, or minilm")
+    parser.add_argument(
+        "--model", type=str, default="minilm", help="the backbone: a folder, a model of the hub, or minilm"
+    )
     _task_args(parser, "stdlib_docs")
     parser.add_argument("--out", type=str, required=True, help="the run's folder")
     parser.add_argument("--steps", type=int, default=300, help="optimiser steps")
     parser.add_argument("--batch", type=int, default=32, help="rows a step")
-    parser.add_argument("--lr", type=float | None, default=None, help="learning rate; by default the middle of the method's range")  # type: ignore[arg-type]
+    parser.add_argument(
+        "--lr", type=float | None, default=None, help="learning rate; by default the middle of the method's range"
+    )  # type: ignore[arg-type]
     parser.add_argument("--head_lr", type=float | None, default=None, help="the task head's own; by default the same")  # type: ignore[arg-type]
     parser.add_argument("--weight_decay", type=float, default=0.01)
     parser.add_argument("--warmup", type=float, default=0.06, help="share of the steps")
@@ -241,7 +283,7 @@ def train(args: list[str]) -> int:
 
     from .assess.matrix import claim
     from .assess.run import learning_rates
-    from .core.adapter import attach
+    from .core.attach import attach
     from .train.backbone import load_classifier
     from .train.data import Collate, encode, predict
     from .train.fit import Plan, fit
@@ -262,12 +304,20 @@ def train(args: list[str]) -> int:
         highlight=False,
     )
     collate = Collate(tokenizer, task.kind == "regression")
-    rows = {name: encode(split.texts, split.targets, tokenizer, config.max_length) for name, split in task.splits.items()}
+    rows = {
+        name: encode(split.texts, split.targets, tokenizer, config.max_length) for name, split in task.splits.items()
+    }
     plan = Plan(
         config.steps, config.batch, lr, config.head_lr, config.weight_decay, config.warmup, seed=config.seed, bf16=config.bf16,
         checkpointing=config.checkpointing, save_steps=config.save_steps,
     )  # fmt: skip
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=CONSOLE) as bar:
         line = bar.add_task("train", total=plan.n_steps)
 
@@ -277,8 +327,19 @@ def train(args: list[str]) -> int:
                 text += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
             bar.update(line, completed=step, description=text)
 
-        fitted = fit(model, rows["train"], collate, plan, out=os.path.join(config.out, "checkpoints"), resume=config.resume, progress=progress)
-    scores = {s: task.scores(predict(model, rows[s], collate, 4 * config.batch).numpy(), task.splits[s].targets) for s in ("validation", "test")}
+        fitted = fit(
+            model,
+            rows["train"],
+            collate,
+            plan,
+            out=os.path.join(config.out, "checkpoints"),
+            resume=config.resume,
+            progress=progress,
+        )
+    scores = {
+        s: task.scores(predict(model, rows[s], collate, 4 * config.batch).numpy(), task.splits[s].targets)
+        for s in ("validation", "test")
+    }
     adapter.save(os.path.join(config.out, "adapter"))
     tokenizer.save_pretrained(os.path.join(config.out, "adapter"))
     result = {
@@ -292,7 +353,10 @@ def train(args: list[str]) -> int:
     for split, found in scores.items():
         table.add_row(split, *(f"{v:.3f}" for v in found.values()))
     CONSOLE.print(table)
-    CONSOLE.print(f"{config.out}/adapter holds the adapter; trained in {fitted.train_s:.0f} s, {fitted.tokens_per_s:,.0f} tokens/s", highlight=False)
+    CONSOLE.print(
+        f"{config.out}/adapter holds the adapter; trained in {fitted.train_s:.0f} s, {fitted.tokens_per_s:,.0f} tokens/s",
+        highlight=False,
+    )
     return 0
 
 
@@ -305,9 +369,13 @@ def compare(args: list[str]) -> int:
 
     parser = _parser("compare", compare)
     parser.add_argument("--config", action="config", help="a YAML file with these options")
-    parser.add_argument("--model", type=str, default="minilm", help="the backbone: a folder, a model of the hub, or minilm")
+    parser.add_argument(
+        "--model", type=str, default="minilm", help="the backbone: a folder, a model of the hub, or minilm"
+    )
     _task_args(parser, "stdlib_docs")
-    parser.add_argument("--methods", type=list[str] | str | None, default=None, help="names with commas between; all by default")  # type: ignore[arg-type]
+    parser.add_argument(
+        "--methods", type=list[str] | str | None, default=None, help="names with commas between; all by default"
+    )  # type: ignore[arg-type]
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds")
     parser.add_argument("--budget", type=str, default="demo-v1", help=f"one of {', '.join(BUDGETS)}")
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} under quick-v1, into OUT/quick")
@@ -364,7 +432,7 @@ def report_(args: list[str]) -> int:
 
 
 def _merged(verb: str, function: Callable[..., Any], args: list[str], formats: tuple[str, ...]) -> int:
-    from .core.adapter import load
+    from .core.attach import load
     from .train.backbone import load_any
 
     parser = _parser(verb, function)
@@ -386,6 +454,7 @@ def _merged(verb: str, function: Callable[..., Any], args: list[str], formats: t
         folder = folder / "adapter"
     if model_name is None:
         raise ValueError(f"{config.adapter} does not say where its base lies; give --model")
+    model: Any
     model, tokenizer = load_any(model_name, labels)
     adapter = load(model, folder)
     n = adapter.params() + adapter.n_head

@@ -14,7 +14,8 @@ import torch
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
-WORDS = "good great fine nice best bad poor awful sad worst a the film book meal was is very not so".split()
+WORDS = ["good", "great", "fine", "nice", "best", "bad", "poor", "awful", "sad", "worst"]
+WORDS += ["a", "the", "film", "book", "meal", "was", "is", "very", "not", "so"]
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +45,9 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(240):
         label = i % 2
         tone = WORDS[:5] if label else WORDS[5:10]
-        rows.append(f"{' '.join([draw.choice(tone), *draw.choices(WORDS[10:], k=5), draw.choice(tone)])} {i},{'up' if label else 'down'}")
+        rows.append(
+            f"{' '.join([draw.choice(tone), *draw.choices(WORDS[10:], k=5), draw.choice(tone)])} {i},{'up' if label else 'down'}"
+        )
     path = tmp_path_factory.mktemp("data") / "reviews.csv"
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return path

@@ -31,7 +31,9 @@ class Live:
             self.live.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.live:
             self.live.__exit__(kind, error, trace)
 
@@ -45,7 +47,9 @@ class Live:
         self.rows[key] = event
         if self.live is None and event.kind in ("skip", "end") and event.cell is not None:
             done = sum(e.cell is not None for e in self.rows.values())
-            self.console.print(f"[{done}/{len(self.rows)}] {self._name(key)}: {self._state(event)}{self._left()}", highlight=False)
+            self.console.print(
+                f"[{done}/{len(self.rows)}] {self._name(key)}: {self._state(event)}{self._left()}", highlight=False
+            )
 
     def _name(self, key: tuple[str, int]) -> str:
         return f"{key[0]} (seed {key[1]})" if self.many else key[0]
@@ -55,7 +59,11 @@ class Live:
         if not waiting or not self.durations:
             return ""
         each = sum(self.durations) / len(self.durations)
-        running = time.perf_counter() - self.started if any(e.kind in ("start", "progress") for e in self.rows.values()) else 0.0
+        running = (
+            time.perf_counter() - self.started
+            if any(e.kind in ("start", "progress") for e in self.rows.values())
+            else 0.0
+        )
         return f"  (about {seconds(max(0.0, each * waiting - running))} left)"
 
     def _state(self, event: Event) -> str:
@@ -74,12 +82,20 @@ class Live:
     def __rich__(self) -> Table:
         spent = seconds(time.perf_counter() - self.begun)
         table = Table(title=self.title, caption=f"{spent} so far{self._left()}", caption_justify="left")
-        for name, side in (("method", "left"), ("score", "right"), ("trainable", "right"), ("peak", "right"), ("state", "left")):
+        for name, side in (
+            ("method", "left"),
+            ("score", "right"),
+            ("trainable", "right"),
+            ("peak", "right"),
+            ("state", "left"),
+        ):
             table.add_column(name, justify=side, min_width=34 if name == "state" else None)  # type: ignore[arg-type]
         for key, event in self.rows.items():
             cell = event.cell
             done = cell is not None and cell.status == "done"
-            style = "red" if cell and not done else "" if done else "bold" if event.kind in ("start", "progress") else "dim"
+            style = (
+                "red" if cell and not done else "" if done else "bold" if event.kind in ("start", "progress") else "dim"
+            )
             numbers = ["", "", ""]
             if cell is not None and done and cell.metric and cell.memory and cell.n_trainable is not None:
                 numbers = [f"{cell.metric.test:.3f}", count(cell.n_trainable), size(cell.memory.peak)]

@@ -64,7 +64,9 @@ def candidates(names: Sequence[str]) -> list[Candidate]:
 def budget_of(name: str, size: Size, task: Task) -> Budget:
     """What a cell records of its budget."""
     rows = task.splits
-    return Budget(name, size.n_steps, size.batch, size.lr_trials, len(rows["train"]), len(rows["validation"]), len(rows["test"]))
+    return Budget(
+        name, size.n_steps, size.batch, size.lr_trials, len(rows["train"]), len(rows["validation"]), len(rows["test"])
+    )
 
 
 def claim(folder: str | os.PathLike[str], config: Mapping[str, Any], may_grow: Sequence[str] = ()) -> None:
@@ -120,14 +122,18 @@ def run_matrix(
             if path.exists():
                 cell = Cell.read(path)
                 if cell.budget != bench.budget:
-                    raise ValueError(f"{path} was measured under {cell.budget}, this run is {bench.budget}; give another --out")
+                    raise ValueError(
+                        f"{path} was measured under {cell.budget}, this run is {bench.budget}; give another --out"
+                    )
                 if cell.status == "done" or not retry:
                     tell(Event("skip", entry.name, seed, cell=cell))
                     yield cell
                     continue
             tell(Event("start", entry.name, seed))
 
-            def report(phase: str, step: int, n_steps: int, loss: float | None, rate: float, n: str = entry.name, s: int = seed) -> None:
+            def report(
+                phase: str, step: int, n_steps: int, loss: float | None, rate: float, n: str = entry.name, s: int = seed
+            ) -> None:
                 tell(Event("progress", n, s, phase, step, n_steps, loss, rate))
 
             cell = bench.run(entry, seed, folder, report, config)

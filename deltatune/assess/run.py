@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.adapter import attach
+from ..core.attach import attach
 from ..core.compose import Leaf, Tree
 from ..tasks import Task
 from ..tasks.metrics import LOWER_IS_BETTER
@@ -63,7 +63,15 @@ Report = Callable[[str, int, int, float | None, float], None]  # phase, step, of
 class Bench:
     """A task on a backbone under a budget: what its cells share is computed once."""
 
-    def __init__(self, backbone: str, task: Task, budget: Budget, max_length: int, head_lr: float | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        backbone: str,
+        task: Task,
+        budget: Budget,
+        max_length: int,
+        head_lr: float | None = None,
+        device: str = "cpu",
+    ) -> None:
         self.backbone, self.task, self.budget, self.max_length = backbone, task, budget, max_length
         self.head_lr, self.device = head_lr, device
         self.rows: dict[str, Rows] = {}

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core import base, shapes
-from ..core.adapter import Adapter, attach, load
+from ..core.adapter import Adapter
+from ..core.attach import attach, load
 from ..core.compose import Average, Leaf, Sum, Tree
 from ..core.method import METHODS, Method
 from ..core.schedule import Schedules

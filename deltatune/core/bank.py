@@ -36,7 +36,7 @@ class Bank(nn.Module):
 
     def tensor(self, key: str) -> Tensor:
         """The shared tensor itself."""
-        value = self._parameters.get(key)
+        value: Tensor | None = self._parameters.get(key)
         if value is None:
             value = self._buffers.get(key)
         assert value is not None, key

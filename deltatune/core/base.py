@@ -57,7 +57,9 @@ def stored(module: nn.Module, site: Site) -> Tensor:
 
 def quantised(weight: Tensor) -> bool:
     """Is the weight kept in a format that is no plain floating tensor?"""
-    return not weight.is_floating_point() or type(weight) not in (nn.Parameter, Tensor) and hasattr(weight, "dequantize")
+    return (
+        not weight.is_floating_point() or type(weight) not in (nn.Parameter, Tensor) and hasattr(weight, "dequantize")
+    )
 
 
 def matrix(module: nn.Module, site: Site) -> Tensor:
@@ -238,7 +240,9 @@ def write(module: nn.Module, site: Site, weight: Tensor, bias: Tensor | None) ->
     """Put a folded weight and bias into the module for good. Raises ValueError where the module has no place for it."""
     kept = stored(module, site)
     if quantised(kept):
-        raise ValueError(f"{site.name}: its weight is kept as {type(kept).__name__}; dequantise the base before merging")
+        raise ValueError(
+            f"{site.name}: its weight is kept as {type(kept).__name__}; dequantise the base before merging"
+        )
     own = bias_of(module, site)
     if bias is not None and own is None and site.kind not in ("linear", "conv2d", "norm"):
         raise ValueError(f"{site.name}: a {site.kind} has no bias to merge into")
@@ -269,4 +273,4 @@ def write_back(module: nn.Module, site: Site, kept: SimpleNamespace) -> None:
         assert bias is not None
         bias.copy_(kept.bias)
     elif bias is not None:
-        module.bias = None
+        module._parameters["bias"] = None

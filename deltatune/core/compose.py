@@ -116,7 +116,9 @@ def tree_from_dict(data: Mapping[str, Any], methods: "Mapping[str, type[Method]]
         return NODES[data["op"]](*(tree_from_dict(c, methods) for c in children))
     extra = data.keys() - {"method", "config", "where", "layers"}
     if extra or "method" not in data:
-        raise unknown("key of a method", sorted(extra)[0] if extra else "(none)", ("method", "config", "where", "layers"))
+        raise unknown(
+            "key of a method", sorted(extra)[0] if extra else "(none)", ("method", "config", "where", "layers")
+        )
     if str(data["method"]) not in methods:
         raise unknown("method", str(data["method"]), methods)
     cls = methods[data["method"]]

@@ -3,22 +3,18 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
-from .site import Site
-
 FORMAT = 1
 WEIGHTS, CARD = "adapter.safetensors", "adapter.json"
 FINGERPRINT = "base.fingerprint"
-N_FINGERPRINT = 4096
 
 _FIELDS: dict[str, type] = {
     "format": int, "deltatune": str, "tree": dict, "head": bool, "sites": dict, "in_place": list, "backbone": str,
@@ -71,7 +67,10 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
     for key, kind in _FIELDS.items():
         if type(card[key]) is not kind:
             raise ValueError(f"{folder / CARD}: field {key!r} must be {kind.__name__}, not {card[key]!r}")
-    names = [("in_place", card["in_place"]), *((f"sites of leaf {leaf}", found) for leaf, found in card["sites"].items())]
+    names = [
+        ("in_place", card["in_place"]),
+        *((f"sites of leaf {leaf}", found) for leaf, found in card["sites"].items()),
+    ]
     for key, listed in names:
         if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
             raise ValueError(f"{folder / CARD}: {key} must be a list of names, not {listed!r}")
@@ -97,35 +96,3 @@ def check_keys(where: str, want: Mapping[str, tuple[int, ...]], have: Mapping[st
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ValueError(f"{where} does not fit this model: {shown}")
-
-
-def table_hash(table: Sequence[Site]) -> str:
-    """A hash of the backbone's site table: names, kinds and sizes; heads are left out, since they differ by task."""
-    rows = [f"{s.name} {s.kind} {s.d_in} {s.d_out}" for s in table if s.role not in ("head", "lm_head")]
-    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """4,096 values at fixed positions of `tensors` (a backbone's embeddings, norms and biases), in bf16; None on meta.
-
-    Every tensor gives an equal share, at positions drawn from its size alone, so that fp32, bf16 and quantised loads of
-    one backbone agree and another backbone of the same shape does not.
-    """
-    if not tensors or any(t.device.type == "meta" for t in tensors.values()):
-        return None
-    share = -(-N_FINGERPRINT // len(tensors))
-    picked = []
-    for name in sorted(tensors):
-        flat = tensors[name].detach().reshape(-1)
-        generator = torch.Generator().manual_seed(flat.numel())
-        at = torch.randint(flat.numel(), (share,), generator=generator)
-        picked.append(flat[at.to(flat.device)].to("cpu", torch.bfloat16))
-    return torch.cat(picked)[:N_FINGERPRINT]
-
-
-def same_base(one: Tensor, other: Tensor) -> bool:
-    """Do two fingerprints agree within bf16's rounding?"""
-    if one.shape != other.shape:
-        return False
-    a, b = one.float(), other.float()
-    return bool(((a - b).abs() <= 2**-7 * torch.maximum(a.abs(), b.abs()) + 1e-30).all())

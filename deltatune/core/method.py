@@ -26,6 +26,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, make_dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, dataclass_transform
 
 import torch
@@ -131,7 +132,10 @@ class Method(Delta):
     kinds: ClassVar[frozenset[str]] = frozenset()  # the kinds of site it can sit on; by default what its words allow
     fast_kinds: ClassVar[frozenset[str]] = frozenset({"linear"})  # weight kinds on which pre and post mean the same
     limits: ClassVar[Mapping[str, str]] = {}  # hyperparameter -> its largest value, in the language of shapes
-    lr: ClassVar[tuple[float, float]] = (1e-4, 1e-2)  # range of learning rates (AdamW) that the paper and its users take
+    lr: ClassVar[tuple[float, float]] = (
+        1e-4,
+        1e-2,
+    )  # range of learning rates (AdamW) that the paper and its users take
     in_place: ClassVar[bool] = False  # trains the base's own parameters
     schedule: ClassVar["type[Schedule] | None"] = None
     exceptions: ClassVar[Mapping[str, str]] = {}  # contract check -> why this method is exempt
@@ -142,7 +146,9 @@ class Method(Delta):
     def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         notes = inspect.get_annotations(cls)
-        own = {k: cls.__dict__.get(k, MISSING) for k in (*notes, *(k for k, v in vars(cls).items() if isinstance(v, Slot)))}
+        own = {
+            k: cls.__dict__.get(k, MISSING) for k in (*notes, *(k for k, v in vars(cls).items() if isinstance(v, Slot)))
+        }
         own = {k: v for k, v in own.items() if "ClassVar" not in str(notes.get(k, ""))}
         cls.slots = {**cls.slots, **{k: v for k, v in own.items() if isinstance(v, Slot)}}
         hyper: list[Any] = [(f.name, f.type, f.default) for f in fields(cls.Config)] if hasattr(cls, "Config") else []
@@ -154,13 +160,16 @@ class Method(Delta):
                     raise TypeError(f"{cls.__name__}.{k}: a hyperparameter needs a default")
                 hyper.append((k, notes[k], v))
         cls.Config = make_dataclass(f"{cls.__name__}Config", hyper, frozen=True, kw_only=True)
-        cls.Config.__module__, cls.Config.__qualname__ = cls.__module__, f"{cls.__qualname__}.Config"  # where pickle looks
+        cls.Config.__module__, cls.Config.__qualname__ = (
+            cls.__module__,
+            f"{cls.__qualname__}.Config",
+        )  # where pickle looks
         for word in _WORDS:
             setattr(cls, f"has_{word}", getattr(cls, word) is not getattr(Delta, word))
         for key, slot in cls.slots.items():
             shapes.parse(slot.shape)
             if slot.shared:
-                setattr(cls, key, property(lambda self, key=key: self._bank[0].tensor(self._bank[1][key])))
+                setattr(cls, key, property(partial(_shared, key)))
         if not cls.kinds:
             cls.kinds = (
                 _WEIGHTS if cls.has_fold
@@ -178,7 +187,9 @@ class Method(Delta):
         """A leaf: this method with its hyperparameters and its place."""
         if not cls.name:
             raise TypeError(f"{cls.__name__} has no name: it is the common part of other methods")
-        return Leaf(cls, cls.configure(**hyper), tuple(where) if isinstance(where, list) else where, layer_numbers(layers))
+        return Leaf(
+            cls, cls.configure(**hyper), tuple(where) if isinstance(where, list) else where, layer_numbers(layers)
+        )
 
     @classmethod
     def configure(cls, **hyper: Any) -> Any:
@@ -237,7 +248,8 @@ class Method(Delta):
             shape = shapes.sizes(slot.shape, dims)
             if slot.shared:
                 device = torch.empty(0).device
-                self._bank[1][key] = self._bank[0].claim(key, shape, slot.init, slot.train, device)
+                shared, keys = self.__dict__["_bank"]
+                keys[key] = shared.claim(key, shape, slot.init, slot.train, device)
                 continue
             if lead:
                 value = torch.stack([slot.init(shape, base=base, delta=self) for _ in range(lead[0])])
@@ -255,7 +267,12 @@ class Method(Delta):
     def dims(self, base: Base) -> dict[str, Any]:
         """The names that shape strings may use: the site's sizes and every numeric hyperparameter."""
         numbers = {f.name: getattr(self, f.name) for f in fields(self.config)}
-        sizes = {"d_in": self.site.d_in, "d_out": self.site.d_out, "n_kv_heads": self.site.n_kv_heads, "d_head": self.site.d_head}
+        sizes = {
+            "d_in": self.site.d_in,
+            "d_out": self.site.d_out,
+            "n_kv_heads": self.site.n_kv_heads,
+            "d_head": self.site.d_head,
+        }
         return sizes | {k: v for k, v in numbers.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
     def check_limits(self, dims: Mapping[str, Any]) -> None:
@@ -283,17 +300,18 @@ class Method(Delta):
     @classmethod
     def count(cls) -> str:
         """The trained parameters at one site, as a formula in the site's sizes and the hyperparameters."""
-        terms = ["*".join(d.text for d in shapes.parse(s.shape)) or "1" for s in cls.slots.values() if s.train and not s.shared]
+        terms = [
+            "*".join(d.text for d in shapes.parse(s.shape)) or "1"
+            for s in cls.slots.values()
+            if s.train and not s.shared
+        ]
         return " + ".join(terms) or ("the base's own" if cls.in_place else "0")
 
     @classmethod
     def hyperparameters(cls) -> list[tuple[str, str, Any, str]]:
         """(name, type, default, comment) of each, in order."""
         comments = _comments(cls)
-        return [
-            (f.name, _kind(f.type), f.default, comments.get(f.name, ""))
-            for f in fields(cls.Config)
-        ]
+        return [(f.name, _kind(f.type), f.default, comments.get(f.name, "")) for f in fields(cls.Config)]
 
 
 class Meet(Delta):
@@ -322,21 +340,25 @@ class Meet(Delta):
                 f"put them side by side with Stack at the top of the tree, or at different sites"
             )
 
+    @property
+    def _parts(self) -> list[Delta]:
+        return [p for p in self.parts if isinstance(p, Delta)]
+
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The node over its parts in weight space."""
-        return meet_fold(self.op, list(self.parts), weight, bias)  # type: ignore[arg-type]
+        return meet_fold(self.op, self._parts, weight, bias)
 
     def post(self, y: Tensor, x: Tensor) -> Tensor:
         """The node over its parts in activation space."""
         from .runtime import cast
 
-        return meet_post(self.op, list(self.parts), y, x, lambda part, y, x: cast(part, y.dtype).post(y, x))  # type: ignore[arg-type]
+        return meet_post(self.op, self._parts, y, x, lambda part, y, x: cast(part, y.dtype).post(y, x))
 
     def kv(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The parts' keys and values, one behind the other."""
         from .runtime import cast
 
-        pairs = [cast(p, key.dtype).kv(key, value) for p in self.parts if p.has_kv]
+        pairs = [cast(p, key.dtype).kv(key, value) for p in self._parts if p.has_kv]
         b = max(k.shape[0] for k, _ in pairs)
         keys, values = ([t.expand(b, -1, -1, -1) for t in ts] for ts in zip(*pairs, strict=True))
         return torch.cat(keys, 2), torch.cat(values, 2)
@@ -345,7 +367,14 @@ class Meet(Delta):
         """The parts' tokens, one behind the other."""
         from .runtime import cast
 
-        return torch.cat([cast(p, batch.dtype).tokens(batch) for p in self.parts if p.has_tokens], 1)
+        return torch.cat([cast(p, batch.dtype).tokens(batch) for p in self._parts if p.has_tokens], 1)
+
+
+def _shared(key: str, delta: Method) -> Tensor:
+    tensors, keys = delta.__dict__["_bank"]
+    value = tensors.tensor(keys[key])
+    assert isinstance(value, Tensor)
+    return value
 
 
 def _blank(cls: type[Method]) -> Method:
@@ -378,7 +407,12 @@ def _typed(method: str, key: str, value: Any, kind: Any) -> Any:
             return value
         if option is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
-        if isinstance(option, type) and option is not float and isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+        if (
+            isinstance(option, type)
+            and option is not float
+            and isinstance(value, option)
+            and (option is bool or not isinstance(value, bool))
+        ):
             return value
     raise ValueError(f"{method}: {key} must be {_kind(kind)}, not {value!r}")
 

@@ -13,7 +13,7 @@ runs; a block hands it through gradient checkpointing as an argument, so that th
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,7 +126,12 @@ def post(delta: Delta, y: Tensor, x: Tensor) -> Tensor:
 
 
 def adapted(
-    module: nn.Module, forward: Callable[..., Any], first: str, live: Sequence[Delta], args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module,
+    forward: Callable[..., Any],
+    first: str,
+    live: Sequence[Delta],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     """One site's forward under its live deltas, innermost first."""
     if args:
@@ -136,7 +141,14 @@ def adapted(
         x, rest = kwargs.pop(first), ()
     else:
         return forward(module, *args, **kwargs)  # its own error for a call without input
-    if len(live) == 1 and live[0].has_linear and live[0].site.kind == "linear" and not rest and not kwargs and not live[0].site.rows:
+    if (
+        len(live) == 1
+        and live[0].has_linear
+        and live[0].site.kind == "linear"
+        and not rest
+        and not kwargs
+        and not live[0].site.rows
+    ):
         delta = live[0]
         weight = module._parameters.get(delta.site.param)
         if weight is None or not hasattr(weight, "full_tensor"):  # sharded weights take the general path
@@ -183,7 +195,9 @@ class Tap(Delta):
 # A layer of behaviour: given the original class and the forward so far, the next forward; it may add to the namespace.
 Layer = Callable[[type, Callable[..., Any], dict[str, Any]], Callable[..., Any]]
 LAYERS: dict[str, Layer] = {}
-ROOT_LAYERS: dict[str, Callable[[nn.Module], bool]] = {}  # layers of the attached model itself, and which models take them
+ROOT_LAYERS: dict[
+    str, Callable[[nn.Module], bool]
+] = {}  # layers of the attached model itself, and which models take them
 
 
 def layer(name: str) -> Callable[[Layer], Layer]:
@@ -203,7 +217,7 @@ def site_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any]
 
     @functools.wraps(forward)
     def site_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        live = [d for d in self.deltas.values() if d.switch.on]  # type: ignore[operator, union-attr]
+        live = [d for d in self.deltas.values() if d.switch.on]  # type: ignore[operator]
         return adapted(self, forward, first, live, args, kwargs) if live else forward(self, *args, **kwargs)
 
     return site_forward
@@ -228,7 +242,7 @@ def block_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any
         call = self.__dict__["_deltatune_frame"].call
         if call is not None:
             kwargs["_deltatune_call"] = call
-        return cls.__call__(self, *args, **kwargs)  # type: ignore[operator]
+        return cls.__call__(self, *args, **kwargs)
 
     namespace["__call__"] = __call__
     return block_forward
@@ -261,7 +275,7 @@ def root_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any]
     return root_forward
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def input_name(cls: type) -> str:
     """The name of the first argument of the class's own forward."""
     names = list(inspect.signature(cls.forward).parameters)  # type: ignore[attr-defined]
@@ -298,8 +312,7 @@ def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
 
 def _rebuild(cls: type, layers: tuple[str, ...]) -> nn.Module:
     integrate()
-    ours = adapted_class(cls, layers)
-    module = ours.__new__(ours)
+    module: object = object.__new__(adapted_class(cls, layers))
     assert isinstance(module, nn.Module)
     return module
 
@@ -340,7 +353,7 @@ _READ_DIRECTLY = {
 }
 
 
-def check_reachable(modules: dict[str, nn.Module], name: str) -> None:
+def check_reachable(modules: Mapping[str, nn.Module], name: str) -> None:
     """Raise ValueError with the reason where a delta at module `name` could have no effect."""
     module = modules[name]
     patched = module.__dict__.get("forward")

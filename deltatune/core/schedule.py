@@ -134,6 +134,6 @@ def ride(y: Tensor, penalty: Tensor, scale: float = 1.0) -> Tensor:
     A penalty on a delta's tensors thus needs no hook on the loss. `scale` carries gradient accumulation and the loss
     scale of mixed precision.
     """
-    out = _Ride.apply(y, penalty, scale)
+    out = _Ride.apply(y, penalty, scale)  # type: ignore[no-untyped-call]
     assert isinstance(out, Tensor)
     return out

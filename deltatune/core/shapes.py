@@ -9,7 +9,7 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 _TOKEN = re.compile(r"(\d+\.\d+|\d+)|([A-Za-z_]\w*)|(//|[-+*/(),])")
 _CALLS: dict[str, Callable[..., float]] = {"int": int, "min": min, "max": max}
@@ -117,7 +117,7 @@ def _binary(operator: str, left: Evaluate, right: Evaluate) -> Evaluate:
     return lambda dims: left(dims) / right(dims)
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(shape: str) -> tuple[Dim, ...]:
     """The dimensions of `shape`; ValueError quotes the declaration where it cannot be read. "" is a scalar."""
     dims = []

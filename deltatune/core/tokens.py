@@ -47,7 +47,9 @@ def n_positions(module: nn.Module) -> int | None:
     sizes = [
         m.num_embeddings - int(m.padding_idx + 1 if m.padding_idx is not None else getattr(m, "offset", 0))
         for n, m in module.named_modules()
-        if isinstance(m, nn.Embedding) and any(w in n.rpartition(".")[2] for w in ("position", "wpe")) and "relative" not in n
+        if isinstance(m, nn.Embedding)
+        and any(w in n.rpartition(".")[2] for w in ("position", "wpe"))
+        and "relative" not in n
     ]
     return min(sizes) if sizes else None
 
@@ -59,7 +61,7 @@ def input_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any
 
     @functools.wraps(forward)
     def input_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        deltas = self.deltas.values() if "deltas" in self._modules else ()  # type: ignore[operator, union-attr]
+        deltas = self.deltas.values() if "deltas" in self._modules else ()  # type: ignore[operator]
         live = [d for d in deltas if d.switch.on and d.has_tokens]
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         states, cross = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
@@ -72,7 +74,9 @@ def input_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any
     return input_forward
 
 
-def _lengthened(self: nn.Module, forward: Callable[..., Any], live: list[Delta], kwargs: dict[str, Any], where: str) -> Any:
+def _lengthened(
+    self: nn.Module, forward: Callable[..., Any], live: list[Delta], kwargs: dict[str, Any], where: str
+) -> Any:
     past = kwargs.get("past_key_values")
     prefill = past is None or int(past.get_seq_length()) == 0
     embedded = kwargs.get("inputs_embeds")

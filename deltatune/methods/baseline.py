@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import EVERYTHING
 from ..core.method import Method
+from ..core.record import EVERYTHING
 
 
 class Full(Method, name="full"):

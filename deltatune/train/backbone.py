@@ -9,7 +9,13 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 EMBEDDED = "minilm"  # all-MiniLM-L6-v2: BERT, 6 layers, width 384, 22.7 M parameters
@@ -45,7 +51,9 @@ def load_config(name: str) -> Any:
         return AutoConfig.from_pretrained(path_of(name))
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
-        raise ValueError(f"cannot load backbone {name!r}: it is neither a folder here nor a model of the hub ({first})") from None
+        raise ValueError(
+            f"cannot load backbone {name!r}: it is neither a folder here nor a model of the hub ({first})"
+        ) from None
 
 
 def load_classifier(name: str, labels: tuple[str, ...]) -> tuple[nn.Module, PreTrainedTokenizerBase]:

@@ -23,7 +23,9 @@ class Rows(torch.utils.data.Dataset[Row]):
         return self.rows[i]
 
 
-def encode(texts: Sequence[Sequence[str]], targets: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Rows:
+def encode(
+    texts: Sequence[Sequence[str]], targets: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Rows:
     """One row per example: one text, or a pair as the tokenizer joins two."""
     columns = list(zip(*texts, strict=True))
     coded = tokenizer(*(list(c) for c in columns), truncation=True, max_length=max_length)
@@ -39,7 +41,9 @@ class Collate:
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         batch = self.tokenizer.pad([{k: v for k, v in r.items() if k != "labels"} for r in rows], return_tensors="pt")
-        batch["labels"] = torch.tensor([r["labels"] for r in rows], dtype=torch.float32 if self.regression else torch.long)
+        batch["labels"] = torch.tensor(
+            [r["labels"] for r in rows], dtype=torch.float32 if self.regression else torch.long
+        )
         self.n_tokens += int(batch["attention_mask"].sum())
         return dict(batch)
 

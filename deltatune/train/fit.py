@@ -52,7 +52,8 @@ Progress = Callable[[int, int, float | None, float], None]  # step, of how many,
 class _Watch(TrainerCallback):
     def __init__(self, collate: Collate, progress: Progress | None) -> None:
         self.collate, self.progress = collate, progress
-        self.fitted, self.times = Fitted(), []
+        self.fitted = Fitted()
+        self.times: list[float] = []
         self.loss: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -79,7 +80,9 @@ class _Watch(TrainerCallback):
         self.fitted.step_ms = 1e3 * statistics.median(self.times) if self.times else 0.0
         self.fitted.tokens_per_s = (self.collate.n_tokens - self.before) / seconds
         states = kwargs["optimizer"].state.values()
-        self.fitted.optimizer_bytes = sum(t.nbytes for s in states for t in s.values() if hasattr(t, "nbytes") and t.ndim)
+        self.fitted.optimizer_bytes = sum(
+            t.nbytes for s in states for t in s.values() if hasattr(t, "nbytes") and t.ndim
+        )
 
 
 def fit(
@@ -94,7 +97,9 @@ def fit(
 ) -> Fitted:
     """Train what is attached to `model` for `plan.n_steps` steps. Raises ValueError where nothing is trainable."""
     with tempfile.TemporaryDirectory() as scratch:
+        more: dict[str, Any] = {_CHECKPOINTING: True} if plan.checkpointing else {}
         options = TrainingArguments(
+            **more,
             output_dir=out or scratch,
             max_steps=plan.n_steps,
             per_device_train_batch_size=plan.batch,
@@ -104,7 +109,6 @@ def fit(
             max_grad_norm=plan.clip,
             seed=plan.seed,
             bf16=plan.bf16,
-            **({_CHECKPOINTING: True} if plan.checkpointing else {}),
             train_sampling_strategy="group_by_length",
             logging_strategy="steps",
             logging_steps=max(1, plan.n_steps // 25),
@@ -118,7 +122,9 @@ def fit(
             use_cpu=next(model.parameters()).device.type == "cpu",
         )
         watch = _Watch(collate, progress)
-        trainer = AdapterTrainer(model, options, data_collator=collate, train_dataset=rows, callbacks=[watch], head_lr=plan.head_lr)
+        trainer = AdapterTrainer(
+            model, options, data_collator=collate, train_dataset=rows, callbacks=[watch], head_lr=plan.head_lr
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=resume or None)
         model.eval()

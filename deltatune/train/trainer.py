@@ -40,14 +40,18 @@ def check_alive(model: nn.Module, optimizer: Any, found: list[Adapter]) -> None:
             if id(p) not in held:
                 raise ValueError(f"{where} is not in the optimiser; build it after attach, from adapter.groups(lr)")
             if p.dtype in (torch.float16, torch.bfloat16) and name.partition(".")[2] not in in_place:
-                raise ValueError(f"{where} is {p.dtype}: the model was cast after attach; cast it first, deltas stay fp32")
+                raise ValueError(
+                    f"{where} is {p.dtype}: the model was cast after attach; cast it first, deltas stay fp32"
+                )
             if p.grad is None:
                 raise ValueError(
                     f"{where} got no gradient: its site did not run, its forward was replaced after attach, or the loss "
                     f"reads the layer's weight past the delta"
                 )
             if not torch.isfinite(p.grad).all():
-                raise ValueError(f"{where} has a gradient that is not finite at the first step; lower the learning rate")
+                raise ValueError(
+                    f"{where} has a gradient that is not finite at the first step; lower the learning rate"
+                )
     for name, p in model.named_parameters():
         if p.requires_grad and id(p) not in mine:
             raise ValueError(f"{name} is trained though no adapter declares it; requires_grad was set by other code")
@@ -91,7 +95,7 @@ class AdapterTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args)
             groups = self.events.schedules.groups(self.args.learning_rate, self.args.weight_decay, self.head_lr)
             self.optimizer = cls(groups, **options)
         return self.optimizer

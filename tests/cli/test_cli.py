@@ -57,14 +57,22 @@ def test_train_merge_export(capsys: pytest.CaptureFixture[str], backbone: str, r
     shown = capsys.readouterr().out
     assert "2 classes" in shown and "parameters trained" in shown and "accuracy" in shown
     saved = yaml.safe_load((out / "run.yaml").read_text())
-    assert saved["method"] == {"name": "lora", "where": "q,k", "layers": None, "r": 4, "alpha": 16.0} and saved["steps"] == 8
+    assert (
+        saved["method"] == {"name": "lora", "where": "q,k", "layers": None, "r": 4, "alpha": 16.0}
+        and saved["steps"] == 8
+    )
     result = json.loads((out / "result.json").read_text())
     assert result["n_params"] == 2 * 2 * 4 * (32 + 32) and result["labels"] == ["down", "up"]
 
     config = {k: v for k, v in saved.items() if k not in ("verb", "out")}
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(config))
-    assert main(["train", "--config", str(tmp_path / "again.yaml"), "--out", str(tmp_path / "run2"), "--device", "cpu"]) == 0
-    assert (tmp_path / "run2" / "adapter" / "adapter.safetensors").read_bytes() == (out / "adapter" / "adapter.safetensors").read_bytes()
+    assert (
+        main(["train", "--config", str(tmp_path / "again.yaml"), "--out", str(tmp_path / "run2"), "--device", "cpu"])
+        == 0
+    )
+    assert (tmp_path / "run2" / "adapter" / "adapter.safetensors").read_bytes() == (
+        out / "adapter" / "adapter.safetensors"
+    ).read_bytes()
 
     for verb, more in (("merge", []), ("export", ["--format", "merged"])):
         to = tmp_path / verb
@@ -84,7 +92,10 @@ def test_train_merge_export(capsys: pytest.CaptureFixture[str], backbone: str, r
 
 
 def test_train_a_tree(backbone: str, reviews: Path, tmp_path: Path) -> None:
-    tree = {"op": "sum", "children": [{"method": "lora", "config": {"r": 2}}, {"method": "prefix_tuning", "config": {"n": 2}}]}
+    tree = {
+        "op": "sum",
+        "children": [{"method": "lora", "config": {"r": 2}}, {"method": "prefix_tuning", "config": {"n": 2}}],
+    }
     (tmp_path / "tree.yaml").write_text(yaml.safe_dump({"method": tree}))
     assert train(backbone, reviews, tmp_path / "run", "--config", str(tmp_path / "tree.yaml")) == 0
     card = json.loads((tmp_path / "run" / "adapter" / "adapter.json").read_text())
@@ -100,7 +111,9 @@ def test_regression(backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "pearson" in json.loads((tmp_path / "run" / "result.json").read_text())["scores"]["test"]
 
 
-def test_compare(capsys: pytest.CaptureFixture[str], backbone: str, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare(
+    capsys: pytest.CaptureFixture[str], backbone: str, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Cells resume, failures are recorded and the others go on, the folder of another run is refused."""
     from deltatune.assess import matrix
     from deltatune.assess.cells import Cell, read_folder
@@ -108,14 +121,31 @@ def test_compare(capsys: pytest.CaptureFixture[str], backbone: str, reviews: Pat
     tiny = matrix.Size(n_steps=6, batch=16, lr_trials=2, head_lr=0.05, n_train=64, n_validation=16, max_length=32)
     monkeypatch.setitem(matrix.BUDGETS, "tiny-v1", tiny)
     out = tmp_path / "results"
-    args = ["compare", "--model", backbone, "--data", str(reviews), "--budget", "tiny-v1", "--out", str(out), "--device", "cpu"]
+    args = [
+        "compare",
+        "--model",
+        backbone,
+        "--data",
+        str(reviews),
+        "--budget",
+        "tiny-v1",
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+    ]
     sequential = METHODS["sequential"].Config
     monkeypatch.setattr(METHODS["prefix_tuning"], "make", classmethod(_fails))
     assert main([*args, "--methods", "full,head,lora,prefix_tuning"]) == 1
     shown = capsys.readouterr().out
     assert "[4/4]" in shown and "about" in shown and "failed" in shown
     cells = {c.key.method: c for c in read_folder(out)}
-    assert {m: c.status for m, c in cells.items()} == {"full": "done", "head": "done", "lora": "done", "prefix_tuning": "failed"}
+    assert {m: c.status for m, c in cells.items()} == {
+        "full": "done",
+        "head": "done",
+        "lora": "done",
+        "prefix_tuning": "failed",
+    }
     assert "on purpose" in (cells["prefix_tuning"].error or "")
     lora = cells["lora"]
     assert len(lora.trials) == 2 and lora.lr in {t.lr for t in lora.trials} and lora.n_head == 66
@@ -124,7 +154,10 @@ def test_compare(capsys: pytest.CaptureFixture[str], backbone: str, reviews: Pat
     )
     full = cells["full"]
     assert full.memory and lora.memory.gradients < full.memory.gradients and full.memory.method == 0
-    assert lora.memory.weights == full.memory.weights and full.memory.weights == 4 * (full.n_backbone + full.n_head) + 2 * 8 * 64  # BERT's two buffers
+    assert (
+        lora.memory.weights == full.memory.weights
+        and full.memory.weights == 4 * (full.n_backbone + full.n_head) + 2 * 8 * 64
+    )  # BERT's two buffers
     assert cells["head"].memory.activations < lora.memory.activations  # type: ignore[union-attr]
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "lora" in page and "on purpose" in page and (out / "report.csv").is_file() and (out / "report.md").is_file()
@@ -135,7 +168,10 @@ def test_compare(capsys: pytest.CaptureFixture[str], backbone: str, reviews: Pat
     assert main([*args, "--methods", "full,head,lora,ia3,prefix_tuning", "--retry"]) == 0
     assert "done before" in capsys.readouterr().out
     after = {p: p.read_bytes() for p in out.rglob("*.cell.json")}
-    assert {p.name for p in after if before.get(p) != after[p]} == {"ia3-seed0.cell.json", "prefix_tuning-seed0.cell.json"}
+    assert {p.name for p in after if before.get(p) != after[p]} == {
+        "ia3-seed0.cell.json",
+        "prefix_tuning-seed0.cell.json",
+    }
     assert all(Cell.read(p).status == "done" for p in after)
 
     monkeypatch.setitem(matrix.BUDGETS, "tiny-v2", tiny)
@@ -143,7 +179,10 @@ def test_compare(capsys: pytest.CaptureFixture[str], backbone: str, reviews: Pat
     assert code == 2 and "holds another run" in err and "tiny-v1" in err
     code, _, err = run(capsys, "report", str(tmp_path / "nowhere"))
     assert code == 2 and "nowhere" in err
-    assert main(["report", str(out), "--out", str(tmp_path / "page")]) == 0 and (tmp_path / "page" / "report.html").is_file()
+    assert (
+        main(["report", str(out), "--out", str(tmp_path / "page")]) == 0
+        and (tmp_path / "page" / "report.html").is_file()
+    )
     assert sequential is METHODS["sequential"].Config
 
 
@@ -177,7 +216,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes(capsys: pytest.CaptureFixture[str], backbone: str, reviews: Path, tmp_path: Path, mistake: str) -> None:
+def test_mistakes(
+    capsys: pytest.CaptureFixture[str], backbone: str, reviews: Path, tmp_path: Path, mistake: str
+) -> None:
     """One line on standard error that names what is wrong, exit code 2, and nothing written."""
     args, expected = MISTAKES[mistake]
     (tmp_path / "empty.csv").touch()
@@ -193,7 +234,9 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], backbone: str, reviews: Pa
     assert "Traceback" not in err
 
 
-def test_folder_of_another_run(capsys: pytest.CaptureFixture[str], backbone: str, reviews: Path, tmp_path: Path) -> None:
+def test_folder_of_another_run(
+    capsys: pytest.CaptureFixture[str], backbone: str, reviews: Path, tmp_path: Path
+) -> None:
     assert train(backbone, reviews, tmp_path / "run", "--method", "head") == 0
     capsys.readouterr()
     assert train(backbone, reviews, tmp_path / "run", "--method", "bitfit") == 2
@@ -204,12 +247,14 @@ def test_folder_of_another_run(capsys: pytest.CaptureFixture[str], backbone: str
     assert "not empty" in capsys.readouterr().err
 
 
-def test_check_from_outside(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_from_outside(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`deltatune check MODULE:CLASS` runs the contract on a class that no file of the package knows."""
     (tmp_path / "outside_method.py").write_text(
         '"""A method from outside."""\n\nimport deltatune as dt\nfrom torch import Tensor\n\n\n'
         'class Shift(dt.Method, name="outside_shift"):\n    """W\' = W, b\' = b + d."""\n\n    where = "linear"\n'
-        "    kinds = frozenset({\"linear\"})\n    d: Tensor = dt.param(\"d_out\")\n\n    def fold(self, weight, bias):\n"
+        '    kinds = frozenset({"linear"})\n    d: Tensor = dt.param("d_out")\n\n    def fold(self, weight, bias):\n'
         "        return weight, self.d if bias is None else bias + self.d\n"
     )
     monkeypatch.chdir(tmp_path)

@@ -11,8 +11,8 @@ from torch import nn
 import deltatune as dt
 from deltatune.contract.beds import BEDS, outputs
 from deltatune.contract.checks import State, perturb
-from deltatune.core import adapter as verbs
-from deltatune.core import base, files, runtime
+from deltatune.core import attach as verbs
+from deltatune.core import base, files, record
 from deltatune.core.method import METHODS, Method
 
 TREES = {
@@ -28,9 +28,9 @@ ATTACHING: list[tuple[Any, str]] = [
     (Method, "build"),
     (verbs, "base_fingerprint"),
     (verbs, "swap"),
-    (verbs, "_place"),
-    (verbs, "_add"),
-    (verbs, "_refresh"),
+    (verbs, "place"),
+    (record, "add"),
+    (verbs, "refresh"),
 ]
 
 
@@ -88,9 +88,9 @@ def test_attach(toys: dict[str, type[Method]], kind: str, second: bool) -> None:
 LOADING: list[tuple[Any, str]] = [
     *ATTACHING,
     (files, "read_adapter"),
-    (files, "same_base"),
+    (verbs, "same_base"),
     (files, "check_keys"),
-    (runtime, "integrate"),
+    (verbs, "integrate"),
     (dt.Adapter, "state_dict"),
     (dt.Adapter, "_owned"),
 ]

@@ -199,7 +199,10 @@ def in_a_child() -> dict[str, Tensor]:
     process.start()
     loaded, found = queue.get(timeout=120)
     process.join()
+    queue.close()
+    queue.join_thread()
     assert process.exitcode == 0
+    process.close()
     assert not loaded, f"the child had imported {loaded} before the model came"
     return {column: torch.tensor(values) for column, values in found.items()}
 

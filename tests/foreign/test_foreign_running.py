@@ -294,7 +294,7 @@ def compile_attached(case: Case) -> None:
 
 @row(
     TABLES,
-    "`resize_token_embeddings` after attach: old tokens' outputs stay; a file from before is refused on the larger base",
+    "`resize_token_embeddings` after attach: old tokens' outputs stay; a file from before is refused on a larger base",
     full=Refused("adapter 'default' is on the token embeddings; resize them first, then attach"),
 )
 def resize(case: Case) -> None:

@@ -1,7 +1,9 @@
 """FSDP2 on two processes: per block and per linear layer."""
 
+import atexit
 import contextlib
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="th
 def in_two_processes() -> tuple[Path, dict[tuple[str, str], Any]]:
     """Every method under every sharding, from one pair of processes; nothing where they died."""
     folder = Path(tempfile.mkdtemp(prefix="deltatune-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     died = torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException
     with contextlib.suppress(*died):
         torch.multiprocessing.spawn(foreign_sharded.run, args=(str(folder), torch.get_num_threads()), nprocs=2)

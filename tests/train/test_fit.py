@@ -24,7 +24,9 @@ def setting(backbone: str, n: int = 48) -> tuple[nn.Module, Rows, Collate]:
     return model, encode(texts, [i % 2 for i in range(n)], tokenizer, 32), Collate(tokenizer, False)
 
 
-@pytest.mark.parametrize("method", ["full", "head", "lora", "sequential", "ia3", "bitfit", "prefix_tuning", "prompt_tuning"])
+@pytest.mark.parametrize(
+    "method", ["full", "head", "lora", "sequential", "ia3", "bitfit", "prefix_tuning", "prompt_tuning"]
+)
 def test_every_method_learns(backbone: str, method: str) -> None:
     model, rows, collate = setting(backbone)
     small = {"sequential": {"r": 8}, "prefix_tuning": {"n": 4}, "prompt_tuning": {"n": 4}}
@@ -151,7 +153,7 @@ def test_liveness(backbone: str) -> None:
 
     model, adapter = fresh()
     some = torch.optim.AdamW(adapter.parameters()[1:], lr=1e-3)
-    with pytest.raises(ValueError, match="query.a is not in the optimiser"):
+    with pytest.raises(ValueError, match=r"query\.a is not in the optimiser"):
         alive(model, adapter, batch, some)
 
     model, adapter = fresh()
@@ -167,7 +169,9 @@ def test_liveness(backbone: str) -> None:
 
     model, adapter = fresh()
     model.get_parameter("bert.embeddings.LayerNorm.weight").requires_grad_(True)
-    with pytest.raises(ValueError, match=r"bert\.embeddings\.LayerNorm\.weight is trained though no adapter declares it"):
+    with pytest.raises(
+        ValueError, match=r"bert\.embeddings\.LayerNorm\.weight is trained though no adapter declares it"
+    ):
         alive(model, adapter, batch)
 
     model, adapter = fresh()

@@ -1,0 +1,332 @@
+"""Attach and load: resolve, check and build everything, then touch the model; an error leaves it bit for bit as it was.
+
+adapter = attach(model, "lora", where="q,v", r=16)      freezes the rest, changes no value
+adapter = load(model, "out/law")                        or an error that says what does not fit
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from . import base, files
+from .adapter import Adapter, fill
+from .bank import Bank
+from .compose import Leaf, Node, Stack, Tree, Where, assemble, tree_from_dict
+from .errors import unknown
+from .identity import base_fingerprint, same_base, table_hash
+from .method import METHODS, Delta, layer_numbers
+from .record import EVERYTHING, HEAD, Entry, Info, Record, mark, place, refresh, root_layers
+from .runtime import ATTACHED, Banks, Frame, check_reachable, integrate, original, swap, walk
+from .site import Site, all_sites, select, slices
+
+COPY = "copy"  # the registered method that trains a task head as a copy of it
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def attach(
+    model: nn.Module,
+    method: "str | Tree",
+    *,
+    name: str = "default",
+    where: "Where | list[str]" = None,
+    layers: Any = None,
+    head: str | None = "auto",
+    seed: int = 0,
+    probe: "Mapping[str, Any] | None" = None,
+    **hyper: Any,
+) -> Adapter:
+    """Freeze the backbone and put one method, or a tree of them, on the sites that `where` selects, in place.
+
+    `method` is a name of the registry, with its hyperparameters as keywords, or a tree such as `dt.LoRA(r=16)`.
+    `head="auto"` trains the task head beside it, where the backbone has one; `head=None` does not. `seed` draws what
+    sites share; the tensors' own starts come from torch's generator. `probe` is one batch, as keywords of the model: it
+    is run once, and a delta that does not move the outputs is refused.
+
+    Raises ValueError, and changes nothing, on an unknown method, hyperparameter or place, on a number that does not fit
+    a site, on a second adapter of one name, or where a delta would have no effect.
+    """
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise unknown("method", method, METHODS)
+        tree: Tree = METHODS[method](**hyper)
+    elif isinstance(method, (Leaf, Node)):
+        if hyper:
+            raise unknown("argument of attach", sorted(hyper)[0], ("name", "where", "layers", "head", "seed", "probe"))
+        tree = method
+    else:
+        raise ValueError(f"method must be a name such as 'lora' or a tree such as dt.LoRA(r=8), not {method!r}")
+    if head not in ("auto", None):
+        raise ValueError(f"head must be 'auto' or None, not {head!r}")
+    tree = _placed(tree, tuple(where) if isinstance(where, list) else where, layer_numbers(layers))
+    adapter = _attach(model, tree, name, seed, head == "auto", None)
+    if probe is not None:
+        try:
+            adapter.probe(**probe)
+        except BaseException:
+            adapter.detach()
+            raise
+    return adapter
+
+
+def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default", trainable: bool = False) -> Adapter:
+    """Put a saved adapter on the model.
+
+    Raises ValueError, and changes nothing, where the file is damaged, was made for another backbone (another site
+    table, or other values at the fingerprint's positions), or does not hold exactly the tensors that it declares.
+    """
+    card, tensors = files.read_adapter(path)
+    try:
+        tree = tree_from_dict(card["tree"], METHODS)
+    except ValueError as error:
+        raise ValueError(f"{path}: its tree cannot be read: {error}") from None
+    mark = tensors.pop(files.FINGERPRINT, None)
+    if mark is None:
+        raise ValueError(f"{path}: it has no fingerprint of its base")
+    table = all_sites(model)
+    if card["site_table"] != table_hash(table):
+        known = {s.name for s in table}
+        gone = [s for ss in card["sites"].values() for s in ss if s not in known]
+        detail = f"; the sites {', '.join(gone[:3])} are not here" if gone else ""
+        raise ValueError(f"{path} was made for {card['backbone']}, whose layers are not those of this model{detail}")
+    own = base_fingerprint(model, table)
+    if own is not None and not same_base(mark, own):
+        raise ValueError(
+            f"{path} was made for {card['backbone']} with other weights: this base has the same shape, not the same values"
+        )
+    adapter = _attach(model, tree, name, card["seed"], card["head"], card["sites"], card["in_place"])
+    try:
+        fill(adapter, path, tensors)
+        adapter.trainable(trainable)
+    except BaseException:
+        adapter.detach()
+        raise
+    return adapter
+
+
+def _placed(tree: Tree, where: Where, layers: Any) -> Tree:
+    """The tree with `where` and `layers` given to every leaf that has none of its own."""
+    if isinstance(tree, Leaf):
+        return Leaf(
+            tree.method,
+            tree.config,
+            where if tree.where is None else tree.where,
+            layers if tree.layers is None else tree.layers,
+        )
+    return type(tree)(*(_placed(c, where, layers) for c in tree.children))
+
+
+def _attach(
+    model: nn.Module,
+    tree: Tree,
+    name: str,
+    seed: int,
+    head: bool,
+    places: Mapping[str, list[str]] | None,
+    owned: list[str] | None = None,
+) -> Adapter:
+    """`places` (leaf path -> site names) and `owned` come from a file; None resolves the leaves' own `where`."""
+    integrate()
+    modules = _checked(model, name)
+    record: Record | None = model.__dict__.get("_deltatune")
+    every = all_sites(model)
+    leaves = dict(tree.leaves())
+    info = Info(tree, seed, head)
+    if any(leaf.method.in_place for leaf in leaves.values()):
+        _own(model, modules, every, leaves, record, info, owned)
+        chosen: dict[str, tuple[Site, ...]] = {}
+    else:
+        chosen = _chosen(every, leaves, info, places)
+
+    # everything is built before the model is touched
+    shared = Bank(seed)
+    plan = _plan(tree, name, _built(modules, leaves, chosen, shared))
+    if not plan and not info.owned:
+        raise ValueError(f"{tree!r} trains nothing on this model" + ("" if head else ": it has no task head"))
+    _commit(model, modules, every, record or Record(Frame()), name, info, plan, shared)
+    return Adapter(model, name)
+
+
+def _checked(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """The model's modules by name. Raises ValueError where this model cannot take an adapter of that name."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"an adapter's name is made of letters, digits, '_' and '-', not {name!r}")
+    record: Record | None = model.__dict__.get("_deltatune")
+    if record is not None and name in record.infos:
+        raise ValueError(f"the model has an adapter named {name!r} already; adapters here: {', '.join(record.infos)}")
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):
+        raise ValueError("the model is sharded already; attach first, then shard")
+    modules = dict(walk(model))
+    for at, module in modules.items():
+        if "_orig_mod" in module._modules:
+            raise ValueError(
+                f"{at or 'the model'} comes from torch.compile; attach to the model itself, then compile it"
+            )
+        if at and "_deltatune" in module.__dict__:
+            raise ValueError(f"{at} has adapters of its own; attach to one model, not to it and to a part of it")
+    if record is None and any(hasattr(type(m), "_deltatune_class") for m in modules.values()):
+        raise ValueError("this module is part of a model with adapters; attach to that model")
+    return modules
+
+
+def _own(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    every: Sequence[Site],
+    leaves: Mapping[str, Leaf],
+    record: Record | None,
+    info: Info,
+    owned: list[str] | None,
+) -> None:
+    """Note in `info` which of the base's parameters an in-place method trains; it has no head of its own beside them."""
+    if len(leaves) > 1:
+        first = next(leaf.method for leaf in leaves.values() if leaf.method.in_place)
+        raise ValueError(f"{first.name} trains the base itself; it cannot be part of a tree")
+    (leaf,) = leaves.values()
+    info.owned = _claims(model, every, leaf) if owned is None else owned
+    for n in info.owned:
+        try:
+            model.get_parameter(n)
+        except AttributeError:
+            raise ValueError(f"the base has no parameter {n}, which the adapter trained") from None
+        if base.offloaded(modules[n.rpartition(".")[0]], n.rpartition(".")[2]) is not None:
+            raise ValueError(
+                f"{n} is offloaded by accelerate; {leaf.method.name} trains it in place, where no gradient reaches it"
+            )
+    for other, their in (record.infos if record else {}).items():
+        both = set(info.owned) & set(their.owned)
+        if both:
+            raise ValueError(f"{min(both)} is trained in place by adapter {other!r} already")
+    heads = {s.module for s in every if s.role == HEAD}
+    info.owned_heads = [n for n in info.owned if n.rpartition(".")[0] in heads]
+    info.head = False
+
+
+def _claims(model: nn.Module, every: Sequence[Site], leaf: Leaf) -> list[str]:
+    """The base's parameters that an in-place method trains: all of them, or those of the selected sites."""
+    where = leaf.method.where if leaf.where is None else leaf.where
+    chosen = None if where == EVERYTHING else {s.module for s in select(every, where, leaf.layers)}
+    if chosen is None and leaf.layers is not None:
+        raise ValueError(f"{leaf.method.name} trains every parameter; layers={leaf.layers} needs a `where` beside it")
+    seen: set[int] = set()
+    found = []
+    for at, module in walk(model):
+        for key, p in module._parameters.items():
+            if p is not None and id(p) not in seen and (chosen is None or at in chosen):
+                seen.add(id(p))
+                found.append(f"{at}.{key}" if at else key)
+    return found
+
+
+def _chosen(
+    every: Sequence[Site], leaves: dict[str, Leaf], info: Info, places: Mapping[str, list[str]] | None
+) -> dict[str, tuple[Site, ...]]:
+    """The sites of every leaf; the task head's leaf joins `leaves` where one is wanted and there."""
+    table = {part.name: part for s in every for part in (s, *slices(s))}
+    chosen: dict[str, tuple[Site, ...]] = {}
+    for path, leaf in leaves.items():
+        if places is not None:
+            gone = [n for n in places.get(path, ()) if n not in table]
+            if gone:
+                raise unknown("site", gone[0], table)
+            chosen[path] = tuple(table[n] for n in places.get(path, ()))
+            continue
+        method = leaf.method
+        where = method.where if leaf.where is None else leaf.where
+        selected = select(every, where, leaf.layers, method.kinds)
+        chosen[path] = tuple(s for s in selected if method.fits(leaf.config, s))
+        if not chosen[path]:
+            raise ValueError(
+                f"{method.name} fits none of the {len(selected)} sites that {where!r} selects, {selected[0].name} first"
+            )
+    if info.head and not any(s.role == HEAD for found in chosen.values() for s in found):
+        heads = tuple(s for s in every if s.role == HEAD)
+        if heads:
+            leaves[HEAD] = Leaf(METHODS[COPY], METHODS[COPY].configure())
+            chosen[HEAD] = heads
+        info.head = bool(heads)
+    return chosen
+
+
+At = tuple[str, bool]  # site name, and whether a head's leaf stands there
+
+
+def _built(
+    modules: Mapping[str, nn.Module], leaves: Mapping[str, Leaf], chosen: Mapping[str, tuple[Site, ...]], shared: Bank
+) -> dict[At, dict[str, Delta]]:
+    """Every delta, by where it goes and by its leaf's path."""
+    built: dict[At, dict[str, Delta]] = {}
+    for path, found in chosen.items():
+        leaf = leaves[path]
+        for site in found:
+            check_reachable(modules, site.module)
+            if site.entry is not None:
+                check_reachable(modules, site.entry)
+            original(modules[site.module], site.module)
+            here = built.setdefault((site.name, path == HEAD), {})
+            here[path] = leaf.method.make(leaf.config, site, modules[site.module], shared)
+    return built
+
+
+def _plan(tree: Tree, name: str, built: Mapping[At, dict[str, Delta]]) -> list[tuple[Entry, Delta]]:
+    """What goes to which module under which key: leaves that meet at a site are assembled as the tree says."""
+    plan: list[tuple[Entry, Delta]] = []
+    for (site_name, is_head), deltas in built.items():
+        if is_head:
+            groups: list[tuple[Delta | None, list[str]]] = [(deltas[HEAD], [HEAD])]
+        elif isinstance(tree, Stack):  # the onion itself: children stand one around the other
+            groups = [
+                (assemble(child, deltas, str(i)), [p for p in deltas if p == str(i) or p.startswith(f"{i}.")])
+                for i, child in enumerate(tree.children)
+            ]
+        else:
+            groups = [(assemble(tree, deltas), list(deltas))]
+        parts = [(part, paths) for part, paths in groups if part is not None]
+        for n, (part, paths) in enumerate(parts):
+            key = f"{name}|{mark(part.site)}|{n}" if mark(part.site) or n else name
+            plan.append((Entry(part.site.module, key, dict.fromkeys(paths, site_name), part.site.entry), part))
+    return plan
+
+
+def _commit(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    every: Sequence[Site],
+    record: Record,
+    name: str,
+    info: Info,
+    plan: Sequence[tuple[Entry, Delta]],
+    shared: Bank,
+) -> None:
+    """Put it on the model; on any error take off again what stands."""
+    try:
+        if not record.infos:
+            model.__dict__["_deltatune"] = record
+            record.required = [n for n, p in model.named_parameters() if p.requires_grad]
+            record.fingerprint = base_fingerprint(model, every)
+            for p in model.parameters():
+                p.requires_grad_(False)
+            swap(model, "", add=root_layers(model))
+        for entry, part in plan:
+            info.entries.append(entry)
+            place(modules, entry, part, record.frame, info.switch)
+        if shared._parameters or shared._buffers:
+            if "banks" not in model._modules:
+                model.add_module("banks", Banks())
+            banks = model._modules["banks"]
+            assert isinstance(banks, Banks)
+            banks[name] = shared
+        for n in info.owned:
+            p = model.get_parameter(n)
+            info.originals[n] = p.detach().clone() if p.is_meta else p.detach().to("cpu", copy=True)
+            p.requires_grad_(True)
+        record.infos[name] = info
+        refresh(model, record)
+        for ready in ATTACHED:
+            ready(model)
+    except BaseException:
+        record.infos.setdefault(name, info)
+        Adapter(model, name)._take_off()
+        raise

@@ -1,0 +1,85 @@
+"""Which backbone is this? Its name, a hash of its site table, and 4,096 of its values."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import base
+from .record import Record
+from .site import Site
+
+N_FINGERPRINT = 4096
+
+
+def table_hash(table: Sequence[Site]) -> str:
+    """A hash of the backbone's site table: names, kinds and sizes; heads are left out, since they differ by task."""
+    rows = [f"{s.name} {s.kind} {s.d_in} {s.d_out}" for s in table if s.role not in ("head", "lm_head")]
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """4,096 values at fixed positions of `tensors` (a backbone's embeddings, norms and biases), in bf16; None on meta.
+
+    Every tensor gives an equal share, at positions drawn from its size alone, so that fp32, bf16 and quantised loads of
+    one backbone agree and another backbone of the same shape does not.
+    """
+    if not tensors or any(t.device.type == "meta" for t in tensors.values()):
+        return None
+    share = -(-N_FINGERPRINT // len(tensors))
+    picked = []
+    for name in sorted(tensors):
+        flat = tensors[name].detach().reshape(-1)
+        generator = torch.Generator().manual_seed(flat.numel())
+        at = torch.randint(flat.numel(), (share,), generator=generator)
+        picked.append(flat[at.to(flat.device)].to("cpu", torch.bfloat16))
+    return torch.cat(picked)[:N_FINGERPRINT]
+
+
+def same_base(one: Tensor, other: Tensor) -> bool:
+    """Do two fingerprints agree within bf16's rounding?"""
+    if one.shape != other.shape:
+        return False
+    a, b = one.float(), other.float()
+    return bool(((a - b).abs() <= 2**-7 * torch.maximum(a.abs(), b.abs()) + 1e-30).all())
+
+
+def base_fingerprint(model: nn.Module, table: Iterable[Site]) -> Tensor | None:
+    """The base's fingerprint, of the values before any adapter moved them in place or was merged."""
+    record: Record | None = model.__dict__.get("_deltatune")
+    moved: dict[str, Tensor] = {}
+    for info in record.infos.values() if record else ():
+        moved |= info.originals
+        for mark, kept in (info.merged or {}).items():
+            at = mark.partition("|")[0]
+            moved[f"{at}.weight"] = kept.weight
+            if kept.bias is not None:
+                moved[f"{at}.bias"] = kept.bias
+    chosen: dict[str, Tensor] = {}
+    for site in table:
+        if site.role in ("head", "lm_head", "pooler") or site.kind not in ("embedding", "norm", "linear"):
+            continue
+        module = model.get_submodule(site.module)
+        for key in ("weight", "bias"):
+            p: Tensor | None = module._parameters.get(key)
+            if p is None or (key == "weight" and site.kind == "linear"):
+                continue
+            if hasattr(p, "full_tensor"):  # sharded: what was read before sharding stands
+                return record.fingerprint if record else None
+            if p.is_meta and (kept_away := base.offloaded(module, key)) is not None:
+                p = kept_away
+            chosen[f"{site.module}.{key}"] = moved.get(f"{site.module}.{key}", p)
+    return fingerprint(chosen)
+
+
+def backbone_id(model: nn.Module) -> str:
+    """The backbone's name on the hub or of its configuration; never a path."""
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", "") or ""
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not os.path.exists(name):
+        return str(name)
+    own, *_ = getattr(type(model), "_deltatune_class", (type(model),))  # sharding gives the class another name
+    return str(getattr(config, "model_type", "") or own.__name__)
