@@ -34,6 +34,7 @@ bench: .venv/.dev
 # The table of methods in README.md, and docs/methods.md, from the registry.
 docs: .venv/.dev
 	$(BIN)/python docs/make.py
+	$(BIN)/python docs/make_foreign.py
 
 # torch first and by exact version: a range may bring gigabytes of CUDA to a machine without a GPU.
 .venv/.torch: constraints.txt
