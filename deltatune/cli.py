@@ -378,7 +378,7 @@ def compare(args: list[str]) -> int:
     )  # type: ignore[arg-type]
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds")
     parser.add_argument("--budget", type=str, default="demo-v1", help=f"one of {', '.join(BUDGETS)}")
-    parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} under quick-v1, into OUT/quick")
+    parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} under quick-v1, by default into results/quick")
     parser.add_argument("--out", type=str, default="results/demo", help="the results folder; what is there is done")
     parser.add_argument("--retry", action="store_true", help="measure failed cells again")
     parser.add_argument("--device", type=str | None, default=None, help="cpu or cuda")  # type: ignore[arg-type]
@@ -390,7 +390,7 @@ def compare(args: list[str]) -> int:
         raise ValueError(f"--seeds is {config.seeds}; it must be at least 1")
     names = config.methods.split(",") if isinstance(config.methods, str) else config.methods
     entries = candidates([n.strip() for n in names] if names else list(QUICK) if config.quick else default_methods())
-    out = os.path.join(config.out, "quick") if config.quick and config.out == "results/demo" else config.out
+    out = "results/quick" if config.quick and config.out == "results/demo" else config.out
     size = BUDGETS[budget]
     begun = time.perf_counter()
     task = _task(config, size.n_train)
