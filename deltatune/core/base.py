@@ -201,6 +201,12 @@ def restored(module: nn.Module, site: Site, weight: Tensor) -> Tensor:
     return weight
 
 
+def original_forward(module: nn.Module) -> Any:
+    """The forward of the module's class before any attach."""
+    own, *_ = getattr(type(module), "_deltatune_class", (type(module),))
+    return own.forward
+
+
 def apply(
     module: nn.Module,
     forward: Callable[..., Any],
@@ -229,6 +235,13 @@ def apply(
         return F.linear(x, weight, replaced.get("bias", bias_of(module, site)))
     if "bias" in replaced and bias_of(module, site) is None and "bias" not in module._parameters:
         raise ValueError(f"{site.name}: {type(module).__name__} has no bias, and its forward could not use one")
+    own = original_forward(module)
+    if site.kind == "conv2d" and own is nn.Conv2d.forward:
+        return module._conv_forward(x, replaced["weight"], replaced.get("bias"))  # type: ignore[operator]
+    if site.kind == "embedding" and own is nn.Embedding.forward and module.max_norm is None:
+        return F.embedding(x, replaced["weight"], module.padding_idx)
+    if site.kind == "norm" and own is nn.LayerNorm.forward:
+        return F.layer_norm(x, module.normalized_shape, replaced["weight"], replaced.get("bias"), module.eps)  # type: ignore[arg-type]
     # a bare stand-in with the same attributes: the module itself is never touched, so threads and recomputation are safe
     stand_in = module.__class__.__new__(module.__class__)
     stand_in.__dict__.update(module.__dict__, _parameters={**module._parameters, **replaced})

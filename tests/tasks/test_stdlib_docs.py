@@ -20,7 +20,7 @@ def test_size_and_balance(docs: Task) -> None:
     assert set(docs.labels) <= set(stdlib_docs.FAMILIES)
     n = {split: len(rows) for split, rows in docs.splits.items()}
     if not docs.notes:
-        assert 4200 <= sum(n.values()) <= 5300
+        assert 3500 <= sum(n.values()) <= 5300  # a distribution may leave parts of the library out
         assert len(docs.labels) == 8
     assert n["validation"] == n["test"] == sum(n.values()) // 10
     for rows in docs.splits.values():
