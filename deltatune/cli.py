@@ -378,7 +378,9 @@ def compare(args: list[str]) -> int:
     )  # type: ignore[arg-type]
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds")
     parser.add_argument("--budget", type=str, default="demo-v1", help=f"one of {', '.join(BUDGETS)}")
-    parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} under quick-v1, by default into results/quick")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"{', '.join(QUICK)} under quick-v1, by default into results/quick"
+    )
     parser.add_argument("--out", type=str, default="results/demo", help="the results folder; what is there is done")
     parser.add_argument("--retry", action="store_true", help="measure failed cells again")
     parser.add_argument("--device", type=str | None, default=None, help="cpu or cuda")  # type: ignore[arg-type]

@@ -36,7 +36,9 @@ def install() -> None:
 
 
 def _with_prefix(name: str, attend: Callable[..., Any] | None) -> Callable[..., Any]:
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kw: Any) -> Any:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kw: Any
+    ) -> Any:
         run = attend or _eager(module)
         deltas = module._modules.get("deltas")
         live = [d for d in deltas.values() if d.switch.on and d.has_kv] if deltas is not None else ()  # type: ignore[operator]
@@ -76,7 +78,9 @@ def extend(
     query (B, H, Q, D); key and value (B, H_kv, T, D) as they come out of the cache, after rotary embedding.
     """
     if name not in (*_MASKED, *_SHORT):
-        raise ValueError(f"{live[0].site.name}: learned keys and values do not run with {name!r} attention; use 'sdpa' or 'eager'")
+        raise ValueError(
+            f"{live[0].site.name}: learned keys and values do not run with {name!r} attention; use 'sdpa' or 'eager'"
+        )
     b, q_len, own = key.shape[0], query.shape[2], key.shape[2]
     for delta in live:
         k, v = cast(delta, key.dtype).kv(key, value)
@@ -98,7 +102,9 @@ def extend(
         # the implementation's own causality is aligned to the top left, where the prefix would push the keys out
         mask = torch.ones(q_len, n + own, dtype=torch.bool, device=query.device).tril(n + own - q_len)[None, None]
         if name == "eager":
-            mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, torch.finfo(query.dtype).min)
+            mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(
+                ~mask, torch.finfo(query.dtype).min
+            )
     return key, value, mask, bias
 
 
@@ -115,7 +121,9 @@ def _model_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, An
     ) -> None:
         names = adapters(self)
         if push_to_hub:
-            raise ValueError("save_pretrained of a model with adapters writes a folder alone; push_to_hub=True is refused")
+            raise ValueError(
+                "save_pretrained of a model with adapters writes a folder alone; push_to_hub=True is refused"
+            )
         sharded = any(hasattr(p, "full_tensor") for adapter in names.values() for p in adapter.parameters())
         if sharded and state_dict is not None:  # the stock Trainer: one rank alone calls, no shard could be gathered
             raise ValueError("all ranks save a sharded adapter together: call adapter.save(folder) on each of them")
@@ -130,7 +138,9 @@ def _model_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, An
         out = getattr(cls, enable)(self, *args, **kwargs)
         if not _input_grads(self):
             ask_for_input_grads(self)
-        elif not had and not _reentrant(self):  # transformers asks always: a backward below the first delta, for nothing
+        elif not had and not _reentrant(
+            self
+        ):  # transformers asks always: a backward below the first delta, for nothing
             self.disable_input_require_grads()
         return out
 

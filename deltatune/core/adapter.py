@@ -17,7 +17,7 @@ from ..version import VERSION
 from . import base, files
 from .bank import Bank
 from .compose import Tree, parts_of
-from .identity import backbone_id, base_fingerprint, table_hash
+from .identity import backbone_id, base_fingerprint, check_base, table_hash
 from .method import Delta, Method
 from .probe import probe
 from .record import HEAD, Entry, Info, Record, refresh, release, remove, standing
@@ -234,7 +234,7 @@ class Adapter:
         card, tensors = files.read_adapter(path)
         if card["tree"] != self.tree.to_dict():
             raise ValueError(f"{path} holds {card['tree']}, the adapter {self.name!r} is {self.tree.to_dict()}")
-        tensors.pop(files.FINGERPRINT, None)
+        check_base(self.model, path, card, tensors)
         fill(self, path, tensors)
 
     def probe(self, *args: Any, **kwargs: Any) -> None:

@@ -16,7 +16,7 @@ from .adapter import Adapter, fill
 from .bank import Bank
 from .compose import Leaf, Node, Stack, Tree, Where, assemble, tree_from_dict
 from .errors import unknown
-from .identity import base_fingerprint, same_base, table_hash
+from .identity import base_fingerprint, check_base
 from .method import METHODS, Delta, layer_numbers
 from .record import EVERYTHING, HEAD, Entry, Info, Record, mark, place, refresh, root_layers
 from .runtime import ATTACHED, Banks, Frame, check_reachable, integrate, original, swap, walk
@@ -82,20 +82,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         tree = tree_from_dict(card["tree"], METHODS)
     except ValueError as error:
         raise ValueError(f"{path}: its tree cannot be read: {error}") from None
-    mark = tensors.pop(files.FINGERPRINT, None)
-    if mark is None:
-        raise ValueError(f"{path}: it has no fingerprint of its base")
-    table = all_sites(model)
-    if card["site_table"] != table_hash(table):
-        known = {s.name for s in table}
-        gone = [s for ss in card["sites"].values() for s in ss if s not in known]
-        detail = f"; the sites {', '.join(gone[:3])} are not here" if gone else ""
-        raise ValueError(f"{path} was made for {card['backbone']}, whose layers are not those of this model{detail}")
-    own = base_fingerprint(model, table)
-    if own is not None and not same_base(mark, own):
-        raise ValueError(
-            f"{path} was made for {card['backbone']} with other weights: this base has the same shape, not the same values"
-        )
+    check_base(model, path, card, tensors)
     adapter = _attach(model, tree, name, card["seed"], card["head"], card["sites"], card["in_place"])
     try:
         fill(adapter, path, tensors)

@@ -4,13 +4,15 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import base
+from .files import FINGERPRINT
 from .record import Record
-from .site import Site
+from .site import Site, all_sites
 
 N_FINGERPRINT = 4096
 
@@ -73,6 +75,24 @@ def base_fingerprint(model: nn.Module, table: Iterable[Site]) -> Tensor | None:
                 p = kept_away
             chosen[f"{site.module}.{key}"] = moved.get(f"{site.module}.{key}", p)
     return fingerprint(chosen)
+
+
+def check_base(model: nn.Module, path: object, card: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Take the fingerprint out of a file's `tensors`. Raises ValueError where the file was made for another backbone."""
+    kept = tensors.pop(FINGERPRINT, None)
+    if kept is None:
+        raise ValueError(f"{path}: it has no fingerprint of its base")
+    table = all_sites(model)
+    if card["site_table"] != table_hash(table):
+        known = {s.name for s in table}
+        gone = [s for ss in card["sites"].values() for s in ss if s not in known]
+        detail = f"; the sites {', '.join(gone[:3])} are not here" if gone else ""
+        raise ValueError(f"{path} was made for {card['backbone']}, whose layers are not those of this model{detail}")
+    own = base_fingerprint(model, table)
+    if own is not None and not same_base(kept, own):
+        raise ValueError(
+            f"{path} was made for {card['backbone']} with other weights: this base has the same shape, not the same values"
+        )
 
 
 def backbone_id(model: nn.Module) -> str:

@@ -112,7 +112,8 @@ def _lengthened(
 def _shortened(out: Any, n: int, length: int) -> Any:
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == length:
-            return value[:, n:]
+            # torch's matmul folds a strided input or not by what requires a gradient, and rounds differently
+            return value[:, n:].contiguous()
         return tuple(cut(v) for v in value) if isinstance(value, tuple) else value
 
     if isinstance(out, tuple):

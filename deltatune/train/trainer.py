@@ -110,14 +110,6 @@ class AdapterTrainer(Trainer):
         torch.save(self.args, os.path.join(folder, "training_args.bin"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        for adapter in self.events.found:
-            own = os.path.join(resume_from_checkpoint, adapter.name)
-            adapter.restore(own if len(self.events.found) > 1 else resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # the adapters: see hf.install_trainer
         schedules = os.path.join(resume_from_checkpoint, SCHEDULES)
         self.events.schedules.load_state_dict(torch.load(schedules, weights_only=True))
-
-    def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None
-        for adapter in self.events.found:
-            own = os.path.join(self.state.best_model_checkpoint, adapter.name)
-            adapter.restore(own if len(self.events.found) > 1 else self.state.best_model_checkpoint)

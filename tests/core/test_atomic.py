@@ -12,7 +12,7 @@ import deltatune as dt
 from deltatune.contract.beds import BEDS, outputs
 from deltatune.contract.checks import State, perturb
 from deltatune.core import attach as verbs
-from deltatune.core import base, files, record
+from deltatune.core import base, files, identity, record
 from deltatune.core.method import METHODS, Method
 
 TREES = {
@@ -88,7 +88,7 @@ def test_attach(toys: dict[str, type[Method]], kind: str, second: bool) -> None:
 LOADING: list[tuple[Any, str]] = [
     *ATTACHING,
     (files, "read_adapter"),
-    (verbs, "same_base"),
+    (identity, "same_base"),
     (files, "check_keys"),
     (verbs, "integrate"),
     (dt.Adapter, "state_dict"),
