@@ -70,10 +70,11 @@ def _section(group: Group, ident: str) -> str:
     parts = ((escape(part), isinstance(part, Strong)) for part in group.verdict)
     verdict = "".join(f"<strong>{words}</strong>" if strong else words for words, strong in parts)
     budget = group.budget
+    rates = f"{budget.lr_trials} learning rate{'' if budget.lr_trials == 1 else 's'}"
     out = [
         f'<section id="{ident}" class="group"><header><h1>{escape(group.task)}</h1>'
         f"<p>{escape(group.backbone)} · budget {escape(budget.name)}: {budget.n_steps:,} steps of {budget.batch}, "
-        f"{budget.lr_trials} learning rate{"s" if budget.lr_trials > 1 else ""} a method · {len(group.rows)} methods, {len(group.cells)} cells</p>"
+        f"{rates} a method · {len(group.rows)} methods, {len(group.cells)} cells</p>"
         "</header>",
         f'<p class="verdict">{verdict}</p>{_sure(group)}{_cards(group)}',
     ]
