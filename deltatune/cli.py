@@ -208,7 +208,7 @@ def sites_(args: list[str]) -> int:
     model = load_shapes(config.model)
     found = all_sites(model) if config.where is None else sites(model, config.where, config.layers)
     table = Table(
-        title=f"{len(found)} sites of {config.model}",
+        title=f"{len(found)} site{'' if len(found) == 1 else 's'} of {config.model}",
         caption=f"{sum(s.n_weights for s in found):,} weights",
         caption_justify="left",
     )
