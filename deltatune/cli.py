@@ -281,6 +281,7 @@ def train(args: list[str]) -> int:
 
     import torch
 
+    from .assess.cells import write_atomic
     from .assess.matrix import claim
     from .assess.run import learning_rates
     from .core.attach import attach
@@ -346,7 +347,7 @@ def train(args: list[str]) -> int:
         "scores": scores, "n_params": adapter.params(), "n_head": adapter.n_head, "lr": lr, "labels": list(task.labels),
         "train_s": fitted.train_s, "step_ms": fitted.step_ms, "tokens_per_s": fitted.tokens_per_s, "curve": fitted.curve,
     }  # fmt: skip
-    Path(config.out, "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_atomic(os.path.join(config.out, "result.json"), json.dumps(result, indent=1) + "\n")
     table = Table()
     for column in ("split", *scores["test"]):
         table.add_column(column, justify="left" if column == "split" else "right")

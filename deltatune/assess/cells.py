@@ -16,6 +16,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Self, cast, get_args, get_origin, get_type_hints
 
+from deltatune.core import files
 from deltatune.core.errors import unknown
 
 FORMAT = 1
@@ -219,18 +220,10 @@ def read_predictions(folder: str | os.PathLike[str], cell: Cell) -> Predictions 
 
 
 def write_atomic(path: str | os.PathLike[str], text: str) -> Path:
-    """Writes a file that is seen whole or not at all: a temporary file beside it, fsync, rename."""
+    """Writes a text that is seen whole or not at all, in a folder that is made where it is missing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_atomic(path, text.encode())
     return path
 
 

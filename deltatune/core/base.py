@@ -201,10 +201,11 @@ def restored(module: nn.Module, site: Site, weight: Tensor) -> Tensor:
     return weight
 
 
-def original_forward(module: nn.Module) -> Any:
-    """The forward of the module's class before any attach."""
-    own, *_ = getattr(type(module), "_deltatune_class", (type(module),))
-    return own.forward
+def own_class(module: nn.Module) -> type:
+    """The module's class before any attach, also where others made a subclass of ours since."""
+    cls, *_ = getattr(type(module), "_deltatune_class", (type(module),))
+    assert isinstance(cls, type)
+    return cls
 
 
 def apply(
@@ -235,7 +236,7 @@ def apply(
         return F.linear(x, weight, replaced.get("bias", bias_of(module, site)))
     if "bias" in replaced and bias_of(module, site) is None and "bias" not in module._parameters:
         raise ValueError(f"{site.name}: {type(module).__name__} has no bias, and its forward could not use one")
-    own = original_forward(module)
+    own = own_class(module).forward  # type: ignore[attr-defined]
     if site.kind == "conv2d" and own is nn.Conv2d.forward:
         return module._conv_forward(x, replaced["weight"], replaced.get("bias"))  # type: ignore[operator]
     if site.kind == "embedding" and own is nn.Embedding.forward and module.max_norm is None:

@@ -101,5 +101,6 @@ def backbone_id(model: nn.Module) -> str:
     name = getattr(config, "_name_or_path", "") or ""
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not os.path.exists(name):
         return str(name)
-    own, *_ = getattr(type(model), "_deltatune_class", (type(model),))  # sharding gives the class another name
-    return str(getattr(config, "model_type", "") or own.__name__)
+    return str(
+        getattr(config, "model_type", "") or base.own_class(model).__name__
+    )  # sharding gives the class another name
