@@ -2,8 +2,11 @@
 
 import importlib as _importlib
 
+from .core.adapter import WRITERS as _WRITERS
 from .core.adapter import Adapter as Adapter
 from .core.adapter import adapters as adapters
+from .core.attach import CONFIGS as _CONFIGS
+from .core.attach import READERS as _READERS
 from .core.attach import attach as attach
 from .core.attach import load as load
 from .core.compose import Average as Average
@@ -22,12 +25,31 @@ from .methods.baseline import Copy as Copy
 from .methods.baseline import Full as Full
 from .methods.baseline import Head as Head
 from .methods.bias import BitFit as BitFit
+from .methods.bottleneck import Parallel as Parallel
+from .methods.bottleneck import Residual as Residual
 from .methods.bottleneck import Sequential as Sequential
+from .methods.hybrid import adaptformer as adaptformer
+from .methods.hybrid import mam as mam
+from .methods.hybrid import pfeiffer as pfeiffer
+from .methods.lora import DoRA as DoRA
 from .methods.lora import LoRA as LoRA
+from .methods.mask import ChildTuningD as ChildTuningD
+from .methods.mask import ChildTuningF as ChildTuningF
 from .methods.prefix import PrefixTuning as PrefixTuning
 from .methods.prompt import PromptTuning as PromptTuning
+from .methods.ranks import AdaLoRA as AdaLoRA
 from .methods.rescale import IA3 as IA3
+from .methods.rows import TokenRows as TokenRows
+from .methods.unified import ProPELTAdapter as ProPELTAdapter
+from .methods.unified import ProPELTLoRA as ProPELTLoRA
+from .methods.unified import ProPELTPrefix as ProPELTPrefix
+from .methods.vision import VPT as VPT
 from .version import VERSION as __version__
 
 _INTEGRATIONS["transformers"] = lambda: _importlib.import_module("deltatune.hf").install()
 _INTEGRATIONS["transformers.trainer"] = lambda: _importlib.import_module("deltatune.hf").install_trainer()
+_CONFIGS["peft"] = lambda *args, **kwargs: _importlib.import_module("deltatune.peft").attach(*args, **kwargs)
+_READERS["adapter_config.json"] = lambda *args, **kwargs: _importlib.import_module("deltatune.peft").load(
+    *args, **kwargs
+)
+_WRITERS["peft"] = lambda *args, **kwargs: _importlib.import_module("deltatune.peft").save(*args, **kwargs)

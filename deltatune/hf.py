@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from .core.adapter import adapters
+from .core.compose import parts_of
 from .core.method import Delta
-from .core.runtime import ATTACHED, LAYERS, ROOT_LAYERS, cast, integrate
+from .core.runtime import ATTACHED, ATTENDS, LAYERS, ROOT_LAYERS, cast, integrate
 
 _MASKED = ("sdpa", "eager")  # implementations whose mask is a (B, 1 or H, Q, K) tensor
 _SHORT = ("flash_attention_2", "flash_attention_3", "flash_attention_4")  # a (B, K) mask, bottom-right causality
@@ -32,7 +33,14 @@ def install() -> None:
     ROOT_LAYERS["deltatune"] = lambda model: isinstance(model, PreTrainedModel)
     LAYERS["peft"] = _peft_layer
     ROOT_LAYERS["peft"] = lambda model: "peft" in sys.modules and isinstance(model, sys.modules["peft"].PeftModel)
+    ATTENDS.append(_attends)
     ATTACHED.append(ask_for_input_grads)
+
+
+def _attends(module: nn.Module) -> bool:
+    """Is the module's code of a file that calls the attention registry?"""
+    files = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)
+    return any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files)
 
 
 def _with_prefix(name: str, attend: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -73,8 +81,9 @@ def extend(
     mask: Any,
     kw: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Any, Tensor | None]:
-    """(key, value, mask, position_bias) with every live delta's prefix in front: seen by all, without a position.
+    """(key, value, mask, position_bias) with every live delta's prefix in front, seen by all.
 
+    It has no position, but for deltas with `shift`, whose prefix stands where tokens in front would.
     query (B, H, Q, D); key and value (B, H_kv, T, D) as they come out of the cache, after rotary embedding.
     """
     if name not in (*_MASKED, *_SHORT):
@@ -82,14 +91,23 @@ def extend(
             f"{live[0].site.name}: learned keys and values do not run with {name!r} attention; use 'sdpa' or 'eager'"
         )
     b, q_len, own = key.shape[0], query.shape[2], key.shape[2]
+    bias = kw.get("position_bias")
+    bias = None if bias is None else bias[..., :own]
+    seen = own  # keys that have a position
     for delta in live:
         k, v = cast(delta, key.dtype).kv(key, value)
         key = torch.cat([k.to(key.dtype).expand(b, -1, -1, -1), key], 2)
         value = torch.cat([v.to(value.dtype).expand(b, -1, -1, -1), value], 2)
+        if bias is None:
+            continue
+        front = bias.new_zeros(*bias.shape[:-1], k.shape[2])
+        table = next((t for part in parts_of(delta) if (t := part.__dict__.get("table")) is not None), None)
+        if table is not None:
+            seen += k.shape[2]
+            front = table.compute_bias(q_len, seen, device=bias.device, past_seen_tokens=seen - q_len)
+            front = front[..., : k.shape[2]].to(bias.dtype).expand(*bias.shape[:-1], -1)
+        bias = torch.cat([front, bias], -1)
     n = key.shape[2] - own
-    bias = kw.get("position_bias")
-    if bias is not None:
-        bias = torch.cat([bias.new_zeros(*bias.shape[:-1], n), bias[..., :own]], -1)
     causal = kw.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if isinstance(mask, Tensor) and name in _SHORT:
@@ -217,13 +235,30 @@ def install_trainer() -> None:
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not _restore(self, resume_from_checkpoint):
             load_checkpoint(self, resume_from_checkpoint, model)
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "schedules"):  # train.ScheduleCallback, which is above this file
+                callback.restore(resume_from_checkpoint)
 
     @functools.wraps(load_best)
     def _load_best_model(self: Any) -> None:
         if not _restore(self, self.state.best_model_checkpoint):
             load_best(self)
 
-    for own in (_load_from_checkpoint, _load_best_model):
+    save_model = Trainer.save_model
+
+    @functools.wraps(save_model)
+    def save_and_keep(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        save_model(self, output_dir, _internal_call)
+        if (
+            _internal_call and output_dir is not None
+        ):  # a checkpoint is trained on from: with what a finished file lacks
+            names = adapters(self.accelerator.unwrap_model(self.model))
+            for name, adapter in names.items():
+                if adapter.finished()[0] != adapter.tree:
+                    at = output_dir if len(names) == 1 else os.path.join(output_dir, name)
+                    adapter.save(at, resumable=True)
+
+    for own in (_load_from_checkpoint, _load_best_model, save_and_keep):
         setattr(Trainer, own.__name__, own)
 
 

@@ -3,6 +3,7 @@
 import os
 import platform
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,17 +35,18 @@ def saved_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
     """
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     seen: dict[int, int] = {}
+    alive: list[Any] = []  # until all is counted, so that no address comes twice
 
-    def pack(t: Tensor) -> Tensor:
+    def pack(t: Tensor) -> None:  # nothing runs backward; a pack that gave `t` back would tie a knot that nobody unties
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
             seen[storage.data_ptr()] = storage.nbytes()
-        return t
+            alive.append(storage)
 
     was = model.training
     model.train()
     with torch.random.fork_rng(), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = model(**batch).loss  # the graph, and with it every storage, lives until the hooks are done
+        loss = model(**batch).loss
         assert loss.requires_grad
     model.train(was)
     return sum(seen.values())
@@ -53,7 +55,7 @@ def saved_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
 def memory(model: nn.Module, adapter: Adapter, activations: int, optimizer: int) -> Memory:
     """The split. On CUDA `peak` is the allocator's own; elsewhere it is the parts' sum, which says so."""
     trained = adapter.parameters()
-    mine = {id(p) for p in trained} - {id(p) for p in adapter._owned().values()}
+    mine = {id(p) for p in trained} - {id(p) for p in adapter.owned().values()}
     extra = [b for d in adapter.deltas.values() for b in d.buffers()]
     extra += [] if adapter.bank is None else list(adapter.bank.buffers())
     mine |= {id(b) for b in extra}

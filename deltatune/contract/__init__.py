@@ -12,6 +12,7 @@ from .checks import CHECKS as CHECKS
 from .checks import Result as Result
 from .checks import checks_of as checks_of
 from .pair import PAIR as PAIR
+from .run import beds_of as beds_of
 from .run import run as run
 from .run import run_check as run_check
 from .table import table as table

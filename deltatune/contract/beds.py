@@ -156,17 +156,17 @@ class Net(nn.Module):
 class ImageNet(nn.Module):
     """The same behind a convolution that cuts an image into patches: (B, 3, 6, 9) -> (B, 6, C)."""
 
-    def __init__(self) -> None:
+    def __init__(self, n_blocks: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, WIDTH, 3, stride=3)
+        self.conv_proj = nn.Conv2d(3, WIDTH, 3, stride=3)
         self.mix = nn.Conv2d(WIDTH, WIDTH, 1, groups=2, bias=False)
-        self.layers = nn.ModuleList([Block(nn.Linear, nn.LayerNorm, False, False)])
+        self.layers = nn.ModuleList(Block(nn.Linear, nn.LayerNorm, False, False) for _ in range(n_blocks))
         self.norm = nn.LayerNorm(WIDTH)
         self.classifier = nn.Linear(WIDTH, N_CLASSES)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, T, C)"""
-        x = self.mix(self.conv(pixel_values)).flatten(2).mT
+        x = self.mix(self.conv_proj(pixel_values)).flatten(2).mT.contiguous()  # as behind a ViT's [CLS]
         for block in self.layers:
             if block.reentrant and self.training and not x.requires_grad:
                 x = x.detach().requires_grad_()
@@ -219,7 +219,7 @@ class Bed:
     def batch(self, dtype: torch.dtype = torch.float32, n_rows: int = 4, seed: int = 0) -> dict[str, Tensor]:
         """Keyword arguments of one forward."""
         generator = torch.Generator().manual_seed(seed)
-        if self.build is ImageNet:
+        if getattr(self.build, "func", self.build) is ImageNet:
             return {"pixel_values": torch.randn(n_rows, 3, 6, 9, generator=generator).to(dtype)}
         ids = torch.randint(1, VOCAB, (n_rows, LENGTH), generator=generator)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -300,7 +300,7 @@ _ALL = (
     Bed("bias-free", "linear", functools.partial(Net, _bare), one=(_DOWN,)),
     Bed("transposed", "linear", functools.partial(Net, Conv1D), one=(_Q,)),
     Bed("slices", "linear", functools.partial(Net, fused=True), where="q,v", one=("layers.0.self_attn.qkv_proj[v]",)),
-    Bed("conv2d", "conv2d", ImageNet, one=("conv",)),
+    Bed("conv2d", "conv2d", ImageNet, one=("conv_proj",)),
     Bed("embedding", "embedding", Net, one=("embed_tokens",)),
     Bed("norm", "norm", Net, one=("norm",)),
     Bed("rmsnorm", "norm", functools.partial(Net, norm=nn.RMSNorm), one=("norm",)),
@@ -308,6 +308,8 @@ _ALL = (
     Bed("quantised", "linear", Net, later="quantised bases come with their own issue"),
     Bed("span", "span", Net, one=("layers.0:mlp",)),
     Bed("block", "block", llama, one=("layers.1",)),
+    Bed("patches", "block", ImageNet, one=("layers.0",)),
+    Bed("blocks", "span", functools.partial(ImageNet, 2), where="blocks", one=("layers.0:blocks",)),
     Bed("attention", "attention", llama, one=("layers.1.self_attn",)),
     Bed("attention-bert", "attention", bert, one=("encoder.layer.1.attention.self",)),
     Bed("input", "input", llama),

@@ -20,10 +20,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from ..core.compose import Preset
 from ..core.method import Method
 
 PAIR = ("ddp", "fsdp2")
-Job = tuple[str, type[Method], str, str]  # one of PAIR, method, bed, dtype
+Job = tuple[str, type[Method] | Preset, str, str]  # one of PAIR, method, bed, dtype
 
 
 def two_processes(jobs: Sequence[Job], seed: int = 0) -> list[str]:
@@ -62,7 +63,7 @@ def _process(rank: int, folder: str, jobs: list[Job], seed: int) -> None:
     dist.destroy_process_group()
 
 
-def _equal(name: str, method: type[Method], bed: str, dtype: torch.dtype, seed: int, folder: str) -> None:
+def _equal(name: str, method: type[Method] | Preset, bed: str, dtype: torch.dtype, seed: int, folder: str) -> None:
     from .beds import BEDS
     from .checks import TOLERANCE, Trial, alike
 

@@ -3,6 +3,8 @@
 import random
 from collections.abc import Iterable
 
+from ..core.attach import attach
+from ..core.compose import Preset
 from ..core.errors import unknown
 from ..core.method import Method
 from .beds import BEDS, Bed
@@ -11,7 +13,7 @@ from .pair import PAIR, two_processes
 
 
 def run(
-    method: type[Method],
+    method: type[Method] | Preset,
     *,
     seed: int = 0,
     kinds: Iterable[str] | None = None,
@@ -52,7 +54,7 @@ def run(
 
 
 def run_check(
-    method: type[Method],
+    method: type[Method] | Preset,
     name: str,
     *,
     seed: int = 0,
@@ -76,7 +78,9 @@ def run_check(
     return results[:1]
 
 
-def _order(method: type[Method], check: Check, beds: list[Bed], names: list[str], seed: int) -> list[tuple[Bed, str]]:
+def _order(
+    method: type[Method] | Preset, check: Check, beds: list[Bed], names: list[str], seed: int
+) -> list[tuple[Bed, str]]:
     """One dtype for each bed, in a drawn order."""
     rng = random.Random(f"{seed} {method.name} {check.name}")
     rng.shuffle(beds)
@@ -85,9 +89,9 @@ def _order(method: type[Method], check: Check, beds: list[Bed], names: list[str]
 
 
 def _choose(
-    method: type[Method], kinds: Iterable[str] | None, dtypes: Iterable[str] | None
+    method: type[Method] | Preset, kinds: Iterable[str] | None, dtypes: Iterable[str] | None
 ) -> tuple[list[Bed], list[str]]:
-    if not (isinstance(method, type) and issubclass(method, Method) and method.name):
+    if not (isinstance(method, Preset) or isinstance(method, type) and issubclass(method, Method) and method.name):
         raise ValueError(f"the contract suite checks a named subclass of deltatune.Method, not {method!r}")
     wanted = None if kinds is None else list(kinds)
     for kind in wanted or ():
@@ -100,9 +104,28 @@ def _choose(
     for check in method.exceptions:
         if check not in (*CHECKS, *PAIR):
             raise unknown(f"check in the exceptions of {method.name}", check, [*CHECKS, *PAIR])
-    beds = [b for b in BEDS.values() if (wanted is None or b.name in wanted or b.kind in wanted) and b.suits(method)]
+    beds = [b for b in beds_of(method) if wanted is None or b.name in wanted or b.kind in wanted]
     if not beds:
         there = ", ".join(sorted({bed.kind for bed in BEDS.values()}))
-        asked = ", ".join(wanted) if wanted is not None else ", ".join(sorted(method.kinds))
+        asked = ", ".join(sorted(wanted if wanted is not None else getattr(method, "kinds", ())))
         raise ValueError(f"{method.name} fits no bed of kind {asked}; there are {there}")
     return beds, names
+
+
+TREE_BEDS = ("attention", "attention-bert", "patches")  # whole models: a tree has places of its own
+
+
+def beds_of(method: type[Method] | Preset) -> list[Bed]:
+    """The small models that the method, or the tree with a name, can stand on."""
+    if isinstance(method, Preset):
+        return [BEDS[name] for name in TREE_BEDS if _takes(BEDS[name], method)]
+    return [bed for bed in BEDS.values() if bed.suits(method)]
+
+
+def _takes(bed: Bed, tree: Preset) -> bool:
+    """Can the tree stand on the bed's model?"""
+    try:
+        attach(bed.model(), tree(), head=None)
+    except ValueError:
+        return False
+    return True

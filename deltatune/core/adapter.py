@@ -5,8 +5,10 @@ error leaves the model bit for bit as it was.
 """
 
 import contextlib
+import copy
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,16 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from ..version import VERSION
-from . import base, files
+from . import base, files, shapes
 from .bank import Bank
-from .compose import Tree, parts_of
+from .compose import Leaf, Tree, parts_of
+from .errors import unknown
 from .identity import backbone_id, base_fingerprint, check_base, table_hash
 from .method import Delta, Method
 from .probe import probe
 from .record import HEAD, Entry, Info, Record, refresh, release, remove, standing
 from .runtime import Banks, original, walk
 from .schedule import Schedule
+from .sharded import assign, whole
 from .site import Site, all_sites
+
+WRITERS: dict[
+    str, Callable[..., None]
+] = {}  # another library's format -> who writes it; `deltatune/__init__.py` fills it
 
 
 class Adapter:
@@ -71,7 +79,8 @@ class Adapter:
         banks = self.model._modules.get("banks")
         return banks[self.name] if isinstance(banks, Banks) and self.name in banks else None  # type: ignore[return-value]
 
-    def _owned(self) -> dict[str, nn.Parameter]:
+    def owned(self) -> dict[str, nn.Parameter]:
+        """The base's own parameters that an in-place method trains, by name."""
         try:
             return {n: self.model.get_parameter(n) for n in self._info.owned}
         except AttributeError as error:
@@ -87,7 +96,7 @@ class Adapter:
         if self.bank is not None:
             for name, p in self.bank.named_parameters():
                 yield f"bank.{name}", p
-        for name, p in self._owned().items():
+        for name, p in self.owned().items():
             yield f"0.{name}", p
 
     def parameters(self) -> list[nn.Parameter]:
@@ -96,7 +105,9 @@ class Adapter:
 
     def params(self) -> int:
         """How many numbers are trained, without a task head."""
-        return sum(p.numel() for p in self.parameters()) - self.n_head
+        n = sum(p.numel() for p in self.parameters()) - self.n_head
+        (leaf, *_) = (leaf for _, leaf in self.tree.leaves())
+        return leaf.method.n_moving(leaf.config, n) if self._info.owned else n
 
     @property
     def n_head(self) -> int:
@@ -136,9 +147,9 @@ class Adapter:
         _reshard(self.model)
         with torch.no_grad():
             if not on:
-                info.current = {n: p.detach().clone() for n, p in self._owned().items()}
-            for name, p in self._owned().items():
-                _copy(p, info.current[name] if on else info.originals[name])
+                info.current = {n: p.detach().clone() for n, p in self.owned().items()}
+            for name, p in self.owned().items():
+                assign(p, info.current[name] if on else info.originals[name])
             if on:
                 info.current = {}
 
@@ -168,6 +179,29 @@ class Adapter:
             raise ValueError(f"adapter {self.name!r} has several schedules ({names}); one adapter has one course")
         return (own.pop() if own else Schedule)(self)
 
+    @property
+    def seed(self) -> int:
+        """What its shared tensors, and whatever is random in its course, are drawn from."""
+        return self._info.seed
+
+    @property
+    def calibrated(self) -> dict[str, Tensor]:
+        """What `calibrate` found, by name of the parameter."""
+        return self._info.calibrated
+
+    @calibrated.setter
+    def calibrated(self, found: dict[str, Tensor]) -> None:
+        self._info.calibrated = found
+
+    def calibrate(
+        self, batches: Iterable[Mapping[str, Tensor]], loss: Callable[[nn.Module, Any], Tensor] | None = None
+    ) -> None:
+        """Let the schedule look at data before training: masks and starts that depend on gradients need it.
+
+        `loss(model, batch)` is by default `model(**batch).loss`. The model is left as it was.
+        """
+        self.schedule.calibrate(batches, loss or (lambda model, batch: model(**batch).loss))
+
     def groups(self, lr: float, weight_decay: float = 0.0, head_lr: float | None = None) -> list[dict[str, Any]]:
         """The optimiser's parameter groups; the task head's rate is `lr` unless it is given one."""
         return self.schedule.groups(lr, weight_decay, head_lr)
@@ -181,24 +215,59 @@ class Adapter:
         if self.bank is not None:
             state |= {f"bank.{n}": t for n, t in self.bank.state_dict().items()}
         info = self._info
-        for name, p in self._owned().items():
+        for name, p in self.owned().items():
             value = info.current.get(name, p.detach())
             if value.is_meta and not info.originals[name].is_meta:
                 raise ValueError(
                     f"{name}, which adapter {self.name!r} trains in place, was offloaded since; bring it back first"
                 )
-            value = _whole(value)
+            value = whole(value)
             if not torch.equal(value.cpu(), info.originals[name]):  # what moved
                 state[f"0.{name}"] = value
-        return {k: _whole(t) for k, t in state.items()}
+        return {k: whole(t) for k, t in state.items()}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def finished(self) -> tuple[Tree, dict[str, Tensor]]:
+        """The tree and the tensors without what only training needs: what `save` writes."""
+        leaves: dict[str, Leaf] = dict(self.tree.leaves())
+        state, owned = self.state_dict(), {f"0.{n}" for n in self._info.owned}
+        kept = {key: t for key, t in state.items() if key in owned}
+        bank = None if self.bank is None else _gathered(self.bank)
+        done: dict[str, Leaf] = {}
+        for (path, site), delta in self.deltas.items():
+            twin = _gathered(delta)
+            if bank is not None:
+                twin.__dict__["_bank"] = (bank, delta.__dict__["_bank"][1])
+            with torch.no_grad():
+                leaf, tensors = twin.finished(leaves.get(path) or Leaf(type(delta), delta.config))
+            assert done.setdefault(path, leaf) == leaf, f"{path}: its sites are finished in different ways"
+            for key, slot in leaf.method.slots_of(leaf.config).items():
+                if slot.shared and key in tensors:
+                    made = tensors.pop(key)
+                    kept[f"bank.{delta.bank_key(key, slot, tuple(made.shape))}"] = made
+                elif slot.shared and slot.train:
+                    name = f"bank.{delta.__dict__['_bank'][1][key]}"
+                    kept[name] = state[name]
+            kept |= {f"{path}.{site}.{name}": t for name, t in tensors.items()}
+        return self.tree.replaced(done), kept
+
+    def save(self, path: str | os.PathLike[str], *, format: str = "deltatune", resumable: bool = False) -> None:
         """Write `adapter.safetensors` and `adapter.json` into the folder `path`, atomically.
 
-        On sharded models every rank must call it; rank 0 writes.
+        What only training needs (the network that makes a prefix, the scores behind a mask) is left out, unless the file is
+        to be trained on from: `resumable=True`. `format="peft"` writes what HF PEFT reads instead. On sharded models every
+        rank must call it; rank 0 writes.
         """
+        if format != "deltatune":
+            if format not in WRITERS:
+                raise unknown("format", format, ["deltatune", *WRITERS])
+            if resumable:
+                raise ValueError(
+                    f"format={format!r} holds a finished adapter; a resumable one is saved in our own format"
+                )
+            WRITERS[format](self, path)
+            return
         info, record = self._info, self._record
-        state = self.state_dict()
+        tree, state = (info.tree, self.state_dict()) if resumable else self.finished()
         table = all_sites(self.model)
         mark = base_fingerprint(self.model, table)
         if mark is None:
@@ -211,13 +280,13 @@ class Adapter:
         card = {
             "format": files.FORMAT,
             "deltatune": VERSION,
-            "tree": info.tree.to_dict(),
+            "tree": tree.to_dict(),
             "head": info.head,
             "sites": sites_of,
             "in_place": info.owned,
             "backbone": backbone_id(self.model),
             "site_table": table_hash(table),
-            "n_params": self.params(),
+            "n_params": self.params() if tree == info.tree else _n_trained(self, tree),
             "n_head": self.n_head,
             "seed": info.seed,
         }
@@ -299,8 +368,10 @@ class Adapter:
             for module, site, snapshot in done:
                 base.write_back(module, site, snapshot)
             raise
-        if not info.owned:  # what was trained in place is in the base already
+        if not info.owned:
             self._activate(False)
+        elif info.entries:  # what was trained in place is in the base already; the head beside it is now
+            info.switch.on = False
         info.merged = kept
 
     def unmerge(self) -> None:
@@ -332,11 +403,11 @@ class Adapter:
     def _take_off(self) -> None:
         """`detach` of what stands, be it half of the adapter: what an attach that failed falls back on."""
         record, info = self._record, self._info
-        owned = self._owned()
+        owned = self.owned()
         if info.owned and info.merged is None:
             with torch.no_grad():
                 for name, kept in info.originals.items():
-                    _copy(owned[name], kept)
+                    assign(owned[name], kept)
         for p in owned.values():
             p.requires_grad_(False)
         for entry in info.entries:
@@ -354,6 +425,34 @@ class Adapter:
             release(self.model, record)
 
 
+def _n_trained(adapter: Adapter, tree: Tree) -> int:
+    """How many numbers the adapter's sites would train under the leaves of `tree`, without the head."""
+    leaves, shared, n = dict(tree.leaves()), {}, 0
+    for (path, _), delta in adapter.deltas.items():
+        leaf = leaves.get(path)
+        for key, slot in leaf.method.slots_of(leaf.config).items() if leaf else ():
+            shape = shapes.sizes(slot.shape, delta.dims(base.Base(adapter.model, delta.site)))
+            if slot.shared and slot.train:
+                shared[delta.bank_key(key, slot, shape)] = math.prod(shape)
+            elif slot.train:
+                n += math.prod(shape) * (delta.site.n_experts or 1)
+    return n + sum(shared.values())
+
+
+def _gathered(module: nn.Module) -> Any:
+    """A shallow copy whose own tensors are whole, also where the module's are sharded."""
+    twin = copy.copy(module)
+    for name, child in module.named_modules():
+        own = twin if not name else copy.copy(child)
+        own.__dict__["_parameters"] = {
+            k: None if p is None else whole(p.detach()) for k, p in child._parameters.items()
+        }
+        own.__dict__["_modules"] = dict(child._modules)
+        if name:
+            twin.get_submodule(name.rpartition(".")[0])._modules[name.rpartition(".")[2]] = own
+    return twin
+
+
 def fill(adapter: Adapter, path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
     """Copy a file's tensors into the adapter. Raises ValueError, and changes nothing, where they are not its own."""
     _reshard(adapter.model)
@@ -362,7 +461,7 @@ def fill(adapter: Adapter, path: str | os.PathLike[str], tensors: Mapping[str, T
         targets |= {f"{leaf}.{site}.{n}": t for n, t in delta.state_dict(keep_vars=True).items()}
     if adapter.bank is not None:
         targets |= {f"bank.{n}": t for n, t in adapter.bank.state_dict(keep_vars=True).items()}
-    owned = {f"0.{n}": p for n, p in adapter._owned().items()}
+    owned = {f"0.{n}": p for n, p in adapter.owned().items()}
     want = targets | {
         k: p for k, p in owned.items() if k in tensors
     }  # of what is trained in place, the file has what moved
@@ -370,9 +469,9 @@ def fill(adapter: Adapter, path: str | os.PathLike[str], tensors: Mapping[str, T
     with torch.no_grad():
         for name, kept in adapter._info.originals.items():
             if f"0.{name}" not in tensors:
-                _copy(owned[f"0.{name}"], kept)
+                assign(owned[f"0.{name}"], kept)
         for key, target in want.items():  # in one order on every rank: a file's own order is not
-            _copy(target, tensors[key])
+            assign(target, tensors[key])
 
 
 def _reshard(model: nn.Module) -> None:
@@ -380,20 +479,6 @@ def _reshard(model: nn.Module) -> None:
     for _, module in walk(model):
         if hasattr(type(module), "reshard") and hasattr(type(module), "unshard"):
             module.reshard()  # type: ignore[operator]
-
-
-def _whole(t: Tensor) -> Tensor:
-    """The tensor, gathered where it is sharded; then every rank has to ask."""
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
-
-
-def _copy(target: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor's values into `target`, each rank its shard."""
-    if hasattr(target, "full_tensor") and not hasattr(value, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor  # late: torch without distributed has none
-
-        value = distribute_tensor(value.to(target.device, target.dtype), target.device_mesh, target.placements)  # type: ignore[attr-defined]
-    target.copy_(value)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

@@ -6,7 +6,9 @@ adapter = load(model, "out/law")                        or an error that says wh
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,24 +16,28 @@ from torch import nn
 from . import base, files
 from .adapter import Adapter, fill
 from .bank import Bank
-from .compose import Leaf, Node, Stack, Tree, Where, assemble, tree_from_dict
+from .compose import Leaf, Node, Per, Stack, Tree, Where, assemble, placed, tree_from_dict, where_of
 from .errors import unknown
 from .identity import base_fingerprint, check_base
-from .method import METHODS, Delta, layer_numbers
+from .method import METHODS, Delta, layer_numbers, named
 from .record import EVERYTHING, HEAD, Entry, Info, Record, mark, place, refresh, root_layers
-from .runtime import ATTACHED, Banks, Frame, check_reachable, integrate, original, swap, walk
-from .site import Site, all_sites, select, slices
+from .runtime import ATTACHED, ATTENDS, Banks, Frame, check_reachable, integrate, original, swap, walk
+from .site import Site, all_sites, expanded, select
 
 COPY = "copy"  # the registered method that trains a task head as a copy of it
+# What another library's configuration object means here, and who reads a folder of its files: by the package of the object
+# and by the file that marks the folder. `deltatune/__init__.py` fills both.
+CONFIGS: dict[str, Callable[..., Adapter]] = {}
+READERS: dict[str, Callable[..., Adapter]] = {}
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def attach(
     model: nn.Module,
-    method: "str | Tree",
+    method: "str | Tree | Any",
     *,
     name: str = "default",
-    where: "Where | list[str]" = None,
+    where: "Where | list[str] | Mapping[str, Any]" = None,
     layers: Any = None,
     head: str | None = "auto",
     seed: int = 0,
@@ -40,7 +46,8 @@ def attach(
 ) -> Adapter:
     """Freeze the backbone and put one method, or a tree of them, on the sites that `where` selects, in place.
 
-    `method` is a name of the registry, with its hyperparameters as keywords, or a tree such as `dt.LoRA(r=16)`.
+    `method` is a name of the registry, with its hyperparameters as keywords, a tree such as `dt.LoRA(r=16)`, or HF PEFT's
+    configuration object. `where` is a place of `dt.sites`, or places with hyperparameters of their own: `{"mlp": {"r": 32}}`.
     `head="auto"` trains the task head beside it, where the backbone has one; `head=None` does not. `seed` draws what
     sites share; the tensors' own starts come from torch's generator. `probe` is one batch, as keywords of the model: it
     is run once, and a delta that does not move the outputs is refused.
@@ -48,10 +55,14 @@ def attach(
     Raises ValueError, and changes nothing, on an unknown method, hyperparameter or place, on a number that does not fit
     a site, on a second adapter of one name, or where a delta would have no effect.
     """
+    reader = CONFIGS.get(type(method).__module__.partition(".")[0])
+    if reader is not None:
+        given = {k: v for k, v in {**hyper, "where": where, "layers": layers}.items() if v is not None}
+        if given:
+            raise ValueError(f"{sorted(given)[0]} belongs to the {type(method).__name__}; set it there")
+        return reader(model, method, name=name, head=head, seed=seed, probe=probe)
     if isinstance(method, str):
-        if method not in METHODS:
-            raise unknown("method", method, METHODS)
-        tree: Tree = METHODS[method](**hyper)
+        tree: Tree = named(method)(**hyper)
     elif isinstance(method, (Leaf, Node)):
         if hyper:
             raise unknown("argument of attach", sorted(hyper)[0], ("name", "where", "layers", "head", "seed", "probe"))
@@ -60,7 +71,7 @@ def attach(
         raise ValueError(f"method must be a name such as 'lora' or a tree such as dt.LoRA(r=8), not {method!r}")
     if head not in ("auto", None):
         raise ValueError(f"head must be 'auto' or None, not {head!r}")
-    tree = _placed(tree, tuple(where) if isinstance(where, list) else where, layer_numbers(layers))
+    tree = placed(tree, where_of(where), layer_numbers(layers))
     adapter = _attach(model, tree, name, seed, head == "auto", None)
     if probe is not None:
         try:
@@ -72,11 +83,14 @@ def attach(
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default", trainable: bool = False) -> Adapter:
-    """Put a saved adapter on the model.
+    """Put a saved adapter on the model: one of ours, or a folder that HF PEFT wrote.
 
     Raises ValueError, and changes nothing, where the file is damaged, was made for another backbone (another site
     table, or other values at the fingerprint's positions), or does not hold exactly the tensors that it declares.
     """
+    for file, reader in READERS.items():
+        if (Path(path) / file).is_file() and not (Path(path) / files.CARD).is_file():
+            return reader(model, path, name=name, trainable=trainable)
     card, tensors = files.read_adapter(path)
     try:
         tree = tree_from_dict(card["tree"], METHODS)
@@ -91,18 +105,6 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         adapter.detach()
         raise
     return adapter
-
-
-def _placed(tree: Tree, where: Where, layers: Any) -> Tree:
-    """The tree with `where` and `layers` given to every leaf that has none of its own."""
-    if isinstance(tree, Leaf):
-        return Leaf(
-            tree.method,
-            tree.config,
-            where if tree.where is None else tree.where,
-            layers if tree.layers is None else tree.layers,
-        )
-    return type(tree)(*(_placed(c, where, layers) for c in tree.children))
 
 
 def _attach(
@@ -121,11 +123,12 @@ def _attach(
     every = all_sites(model)
     leaves = dict(tree.leaves())
     info = Info(tree, seed, head)
+    chosen: dict[str, list[tuple[Site, Any]]] = {}
     if any(leaf.method.in_place for leaf in leaves.values()):
         _own(model, modules, every, leaves, record, info, owned)
-        chosen: dict[str, tuple[Site, ...]] = {}
     else:
-        chosen = _chosen(every, leaves, info, places)
+        chosen = _chosen(every, leaves, places)
+    _add_head(every, leaves, chosen, info)
 
     # everything is built before the model is touched
     shared = Bank(seed)
@@ -167,7 +170,7 @@ def _own(
     info: Info,
     owned: list[str] | None,
 ) -> None:
-    """Note in `info` which of the base's parameters an in-place method trains; it has no head of its own beside them."""
+    """Note in `info` which of the base's parameters an in-place method trains."""
     if len(leaves) > 1:
         first = next(leaf.method for leaf in leaves.values() if leaf.method.in_place)
         raise ValueError(f"{first.name} trains the base itself; it cannot be part of a tree")
@@ -188,72 +191,111 @@ def _own(
             raise ValueError(f"{min(both)} is trained in place by adapter {other!r} already")
     heads = {s.module for s in every if s.role == HEAD}
     info.owned_heads = [n for n in info.owned if n.rpartition(".")[0] in heads]
-    info.head = False
+    info.head = info.head and not info.owned_heads
 
 
 def _claims(model: nn.Module, every: Sequence[Site], leaf: Leaf) -> list[str]:
-    """The base's parameters that an in-place method trains: all of them, or those of the selected sites."""
+    """The base's parameters that an in-place method trains: all of them, or those at and below the selected sites."""
     where = leaf.method.where if leaf.where is None else leaf.where
-    chosen = None if where == EVERYTHING else {s.module for s in select(every, where, leaf.layers)}
+    if isinstance(where, Per):
+        raise ValueError(f"{leaf.method.name} trains the base itself; its hyperparameters are the same at every place")
+    chosen = None if where == EVERYTHING else {f"{s.module}." for s in select(every, where, leaf.layers)}
     if chosen is None and leaf.layers is not None:
         raise ValueError(f"{leaf.method.name} trains every parameter; layers={leaf.layers} needs a `where` beside it")
     seen: set[int] = set()
     found = []
     for at, module in walk(model):
+        if chosen is not None and not any(f"{at}.".startswith(place) for place in chosen):
+            continue
         for key, p in module._parameters.items():
-            if p is not None and id(p) not in seen and (chosen is None or at in chosen):
+            if p is not None and id(p) not in seen:
                 seen.add(id(p))
                 found.append(f"{at}.{key}" if at else key)
     return found
 
 
 def _chosen(
-    every: Sequence[Site], leaves: dict[str, Leaf], info: Info, places: Mapping[str, list[str]] | None
-) -> dict[str, tuple[Site, ...]]:
-    """The sites of every leaf; the task head's leaf joins `leaves` where one is wanted and there."""
-    table = {part.name: part for s in every for part in (s, *slices(s))}
-    chosen: dict[str, tuple[Site, ...]] = {}
+    every: Sequence[Site], leaves: Mapping[str, Leaf], places: Mapping[str, list[str]] | None
+) -> dict[str, list[tuple[Site, Any]]]:
+    """The sites of every leaf, each with the hyperparameters that hold there."""
+    table = {s.name: s for s in expanded(every)}
+    chosen: dict[str, list[tuple[Site, Any]]] = {}
     for path, leaf in leaves.items():
+        method = leaf.method
+        own = _per_site(every, leaf)
         if places is not None:
             gone = [n for n in places.get(path, ()) if n not in table]
             if gone:
                 raise unknown("site", gone[0], table)
-            chosen[path] = tuple(table[n] for n in places.get(path, ()))
+            chosen[path] = [(table[n], own.get(n, leaf.config)) for n in places.get(path, ())]
             continue
-        method = leaf.method
-        where = method.where if leaf.where is None else leaf.where
-        selected = select(every, where, leaf.layers, method.kinds)
-        chosen[path] = tuple(s for s in selected if method.fits(leaf.config, s))
+        if isinstance(leaf.where, Per):
+            selected = [table[n] for n in own]
+        else:
+            selected = list(
+                select(every, method.where if leaf.where is None else leaf.where, leaf.layers, method.kinds)
+            )
+        chosen[path] = [(s, c) for s in selected if method.fits(c := own.get(s.name, leaf.config), s)]
         if not chosen[path]:
             raise ValueError(
-                f"{method.name} fits none of the {len(selected)} sites that {where!r} selects, {selected[0].name} first"
+                f"{method.name} fits none of the {len(selected)} sites that {leaf.where or method.where!r} selects, "
+                f"{selected[0].name} first"
             )
-    if info.head and not any(s.role == HEAD for found in chosen.values() for s in found):
-        heads = tuple(s for s in every if s.role == HEAD)
-        if heads:
-            leaves[HEAD] = Leaf(METHODS[COPY], METHODS[COPY].configure())
-            chosen[HEAD] = heads
-        info.head = bool(heads)
     return chosen
+
+
+def _per_site(every: Sequence[Site], leaf: Leaf) -> dict[str, Any]:
+    """Site name -> hyperparameters, where the leaf gives its places their own. Each site belongs to one place."""
+    own: dict[str, tuple[str, Any]] = {}
+    for words, hyper in leaf.where.each if isinstance(leaf.where, Per) else ():
+        config = leaf.method.configure(**{**asdict(leaf.config), **dict(hyper)})
+        for site in select(every, words, leaf.layers, leaf.method.kinds):
+            if site.name in own:
+                raise ValueError(f"{site.name} lies in two places of where, {own[site.name][0]!r} and {words!r}")
+            own[site.name] = words, config
+    order = {s.name: i for i, s in enumerate(expanded(every))} if own else {}
+    return {name: own[name][1] for name in sorted(own, key=order.__getitem__)}
+
+
+def _add_head(
+    every: Sequence[Site], leaves: dict[str, Leaf], chosen: dict[str, list[tuple[Site, Any]]], info: Info
+) -> None:
+    """The task head's leaf joins, where one is wanted, there and not adapted by the tree itself."""
+    if not info.head or any(s.role == HEAD for found in chosen.values() for s, _ in found):
+        return
+    heads = [s for s in every if s.role == HEAD]
+    if heads:
+        leaves[HEAD] = Leaf(METHODS[COPY], METHODS[COPY].configure())
+        chosen[HEAD] = [(s, leaves[HEAD].config) for s in heads]
+    info.head = bool(heads)
 
 
 At = tuple[str, bool]  # site name, and whether a head's leaf stands there
 
 
 def _built(
-    modules: Mapping[str, nn.Module], leaves: Mapping[str, Leaf], chosen: Mapping[str, tuple[Site, ...]], shared: Bank
+    modules: Mapping[str, nn.Module],
+    leaves: Mapping[str, Leaf],
+    chosen: Mapping[str, list[tuple[Site, Any]]],
+    shared: Bank,
 ) -> dict[At, dict[str, Delta]]:
     """Every delta, by where it goes and by its leaf's path."""
     built: dict[At, dict[str, Delta]] = {}
     for path, found in chosen.items():
         leaf = leaves[path]
-        for site in found:
+        for site, config in found:
             check_reachable(modules, site.module)
-            if site.entry is not None:
-                check_reachable(modules, site.entry)
+            for end in (site.entry, site.leave):
+                if end is not None:
+                    check_reachable(modules, end)
             original(modules[site.module], site.module)
+            if leaf.method.has_kv and not any(attends(modules[site.module]) for attends in ATTENDS):
+                raise ValueError(
+                    f"{site.name}: {leaf.method.name} runs inside transformers' attention registry, which "
+                    f"{base.own_class(modules[site.module]).__name__} does not call"
+                )
             here = built.setdefault((site.name, path == HEAD), {})
-            here[path] = leaf.method.make(leaf.config, site, modules[site.module], shared)
+            here[path] = leaf.method.make(config, site, modules[site.module], shared, path)
     return built
 
 
@@ -273,7 +315,12 @@ def _plan(tree: Tree, name: str, built: Mapping[At, dict[str, Delta]]) -> list[t
         parts = [(part, paths) for part, paths in groups if part is not None]
         for n, (part, paths) in enumerate(parts):
             key = f"{name}|{mark(part.site)}|{n}" if mark(part.site) or n else name
-            plan.append((Entry(part.site.module, key, dict.fromkeys(paths, site_name), part.site.entry), part))
+            plan.append(
+                (
+                    Entry(part.site.module, key, dict.fromkeys(paths, site_name), part.site.entry or part.site.leave),
+                    part,
+                )
+            )
     return plan
 
 

@@ -5,6 +5,7 @@ parameter, trained and saved once.
 """
 
 import zlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +20,27 @@ class Bank(nn.Module):
         super().__init__()
         self.seed = seed
 
-    def claim(self, slot: str, shape: tuple[int, ...], init: Init, train: bool, device: torch.device) -> str:
-        """The key under which `slot` of `shape` is kept; the first claim draws it."""
-        key = f"{slot}_{'x'.join(map(str, shape))}"
+    def claim(
+        self,
+        key: str,
+        shape: tuple[int, ...],
+        init: Init,
+        train: bool,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        delta: Any = None,
+    ) -> None:
+        """Keep a tensor of `shape` under `key`; the first claim draws it."""
         if key not in self._parameters and key not in self._buffers:
             # drawn on the CPU, in fp32 and away from the global generator: equal on every device and in every order
             with torch.random.fork_rng(devices=()), torch.device("cpu"):
                 torch.manual_seed(zlib.crc32(key.encode()) ^ self.seed)
-                value = init(shape)
-            value = value.to(device)
+                value = init(shape, delta=delta)
+            value = value.to(device, dtype)
             if train:
                 self.register_parameter(key, nn.Parameter(value))
             else:
                 self.register_buffer(key, value, persistent=False)
-        return key
 
     def tensor(self, key: str) -> Tensor:
         """The shared tensor itself."""

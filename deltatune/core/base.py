@@ -8,7 +8,8 @@
 """
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
+from functools import partial
+from types import FunctionType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -121,13 +122,14 @@ def put_rows(whole: Tensor, part: Tensor, site: Site, dim: int = 0) -> Tensor:
 class Base:
     """What an init may look at: the site's own (O, I) weight and bias in fp32 (fp64 of an fp64 base), read when asked for."""
 
-    def __init__(self, module: nn.Module, site: Site) -> None:
-        self.module, self.site = module, site
+    def __init__(self, module: nn.Module, site: Site, expert: int | None = None) -> None:
+        self.module, self.site, self.expert = module, site, expert
 
     @property
     def weight(self) -> Tensor:
-        """(O, I), or the vector of a norm; of a slice its own rows."""
-        weight = self._seen(matrix(self.module, self.site))
+        """(O, I), or the vector of a norm; of a slice its own rows, of an expert its own matrix."""
+        weight = matrix(self.module, self.site)
+        weight = self._seen(weight if self.expert is None else weight[self.expert])
         return take_rows(weight, self.site) if self.site.rows else weight
 
     @property
@@ -138,6 +140,12 @@ class Base:
             return None
         bias = self._seen(bias)
         return take_rows(bias, self.site) if self.site.rows else bias
+
+    @property
+    def is_plain(self) -> bool:
+        """Does its forward do no more than its kind says? Some embeddings scale what they look up."""
+        own = own_class(self.module).forward  # type: ignore[attr-defined]
+        return self.site.kind != "embedding" or (own is nn.Embedding.forward and self.module.max_norm is None)
 
     @property
     def vocabulary(self) -> Tensor:
@@ -188,6 +196,11 @@ def folded(module: nn.Module, deltas: Sequence["Delta"]) -> Folded:
         for tensor in delta._parameters.values():
             if tensor is not None and tensor.is_meta:
                 check_present(delta)
+        if delta.noisy and delta.training and torch.is_grad_enabled():
+            raise ValueError(
+                f"{delta.site.name}: its dropout needs the activations, but what stands around it here works on the weight; "
+                f"set dropout to 0, or attach the other at other sites"
+            )
         weight, bias = fold_one(delta, weight, bias)
     return weight, bias
 
@@ -199,6 +212,19 @@ def restored(module: nn.Module, site: Site, weight: Tensor) -> Tensor:
     if site.kind == "conv2d":
         return weight.view(getattr(module, site.param).shape)
     return weight
+
+
+class _Seen:
+    """A module seen with other weights: what dynamo follows where a bare instance's `__dict__` is closed to it (torch 2.11)."""
+
+    def __init__(self, module: nn.Module, replaced: dict[str, Tensor | None]) -> None:
+        self.module, self.replaced = module, replaced
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.replaced:
+            return self.replaced[name]
+        function = getattr(type(self.module), name, None)
+        return partial(function, self) if isinstance(function, FunctionType) else getattr(self.module, name)
 
 
 def own_class(module: nn.Module) -> type:
@@ -243,7 +269,11 @@ def apply(
         return F.embedding(x, replaced["weight"], module.padding_idx)
     if site.kind == "norm" and own is nn.LayerNorm.forward:
         return F.layer_norm(x, module.normalized_shape, replaced["weight"], replaced.get("bias"), module.eps)  # type: ignore[arg-type]
-    # a bare stand-in with the same attributes: the module itself is never touched, so threads and recomputation are safe
+    if site.kind == "norm" and own is nn.RMSNorm.forward:
+        return F.rms_norm(x, module.normalized_shape, replaced["weight"], module.eps)  # type: ignore[arg-type]
+    # the module itself is never touched, so that threads and recomputation are safe
+    if torch.compiler.is_compiling():
+        return forward(_Seen(module, replaced), x, *rest, **kwargs)
     stand_in = module.__class__.__new__(module.__class__)
     stand_in.__dict__.update(module.__dict__, _parameters={**module._parameters, **replaced})
     return forward(stand_in, x, *rest, **kwargs)

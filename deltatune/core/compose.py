@@ -5,11 +5,17 @@
     Average(a, b)   y' = (a(y) + b(y)) / 2
 
 The same tree is an expression in Python (`dt.Sum(dt.LoRA(r=8), dt.IA3())`), a mapping in YAML and in `adapter.json`.
-A leaf is known by its path: "0" for a lone leaf, "1.0" for the first child of the second child.
+A leaf is known by its path: "0" for a lone leaf, "1.0" for the first child of the second child. A tree that has a name of
+its own (`mam`) is a `Preset`: a function from hyperparameters to a tree.
 """
 
+import inspect
+import io
+import textwrap
+import tokenize
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from dataclasses import field as with_default
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,8 +26,43 @@ from .errors import unknown
 if TYPE_CHECKING:
     from .method import Delta, Method
 
-Where = str | tuple[str, ...] | None
+
+@dataclass(frozen=True, slots=True)
+class Per:
+    """Places with hyperparameters of their own: `where={"attn": {"r": 8}, "mlp": {"r": 32}}`."""
+
+    each: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """As it is written."""
+        return {place: _plain(dict(own), list) for place, own in self.each}
+
+
+Where = str | tuple[str, ...] | Per | None
 Layers = int | tuple[int, ...] | None
+
+
+def _plain(values: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """The values with each list or tuple as a `kind`: lists in files, tuples in frozen data."""
+    return {k: kind(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()}
+
+
+def where_of(where: Any) -> Where:
+    """A place as a user or a file writes it, as plain frozen data. Raises ValueError on anything else."""
+    if isinstance(where, Mapping):
+        for place, own in where.items():
+            if not isinstance(place, str) or not (own is None or isinstance(own, Mapping)):
+                raise ValueError(
+                    f"where as a mapping gives each place its hyperparameters, {{'attn': {{'r': 8}}}}, not {place!r}: {own!r}"
+                )
+        if not where:
+            raise ValueError("where is an empty mapping; it must name at least one place")
+        return Per(tuple((place, tuple(_plain(own or {}, tuple).items())) for place, own in where.items()))
+    if where is None or isinstance(where, (str, tuple, Per)):
+        return where
+    if isinstance(where, list):
+        return tuple(where)
+    raise ValueError(f"where must be a text, a list of names or a mapping of places, not {where!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +78,32 @@ class Leaf:
         """(path, leaf) of every leaf, in order."""
         yield path, self
 
+    def replaced(self, leaves: "Mapping[str, Leaf]", path: str = "0") -> "Leaf":
+        """The tree with the leaves of these paths in its own leaves' places."""
+        return leaves.get(path, self)
+
+    def __post_init__(self) -> None:
+        for _, own in self.where.each if isinstance(self.where, Per) else ():
+            self.method.configure(**{**asdict(self.config), **dict(own)})
+
+    def changed(self, **hyper: Any) -> "Leaf":
+        """The same leaf with other hyperparameters, everywhere."""
+        where = self.where
+        if isinstance(where, Per):
+            where = Per(tuple((p, tuple((k, v) for k, v in own if k not in hyper)) for p, own in where.each))
+        return replace(self, config=replace(self.config, **hyper), where=where)
+
     def to_dict(self) -> dict[str, Any]:
         """The leaf as plain data."""
-        where = list(self.where) if isinstance(self.where, tuple) else self.where
+        where: Any = list(self.where) if isinstance(self.where, tuple) else self.where
+        where = where.to_dict() if isinstance(where, Per) else where
         layers = list(self.layers) if isinstance(self.layers, tuple) else self.layers
-        return {"method": self.method.name, "config": asdict(self.config), "where": where, "layers": layers}
+        return {
+            "method": self.method.name,
+            "config": _plain(asdict(self.config), list),
+            "where": where,
+            "layers": layers,
+        }
 
 
 class Node:
@@ -63,6 +125,10 @@ class Node:
         """(path, leaf) of every leaf, in order."""
         for i, child in enumerate(self.children):
             yield from child.leaves(f"{path}.{i}" if path else str(i))
+
+    def replaced(self, leaves: Mapping[str, Leaf], path: str = "") -> "Node":
+        """The tree with the leaves of these paths in its own leaves' places."""
+        return type(self)(*(c.replaced(leaves, f"{path}.{i}" if path else str(i)) for i, c in enumerate(self.children)))
 
     def to_dict(self) -> dict[str, Any]:
         """The tree as plain data."""
@@ -122,15 +188,109 @@ def tree_from_dict(data: Mapping[str, Any], methods: "Mapping[str, type[Method]]
     if str(data["method"]) not in methods:
         raise unknown("method", str(data["method"]), methods)
     cls = methods[data["method"]]
-    where, layers, config = data.get("where"), data.get("layers"), data.get("config") or {}
+    layers, config = data.get("layers"), data.get("config") or {}
     if not isinstance(config, Mapping):
         raise ValueError(f"config of {cls.name} must be a mapping, not {config!r}")
     return Leaf(
-        cls,
-        cls.configure(**config),
-        tuple(where) if isinstance(where, list) else where,
-        tuple(layers) if isinstance(layers, list) else layers,
+        cls, cls.configure(**config), where_of(data.get("where")), tuple(layers) if isinstance(layers, list) else layers
     )
+
+
+def comments_in(source: Any) -> dict[str, str]:
+    """The comment behind each field of a class, or argument of a function; none where the source is not there."""
+    try:
+        text = textwrap.dedent(inspect.getsource(source))
+    except (OSError, TypeError):
+        return {}
+    found, field = {}, ""
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.NAME and token.start[1] == 4:
+            field = token.string
+        elif token.type == tokenize.COMMENT and field:
+            found[field] = token.string.lstrip("# ")
+        elif token.type == tokenize.NEWLINE:
+            field = ""
+    return found
+
+
+def placed(tree: Tree, where: Where, layers: Layers) -> Tree:
+    """The tree with `where` and `layers` given to every leaf that has none of its own."""
+    if isinstance(tree, Leaf):
+        own_where = where if tree.where is None else tree.where
+        return replace(tree, where=own_where, layers=layers if tree.layers is None else tree.layers)
+    return type(tree)(*(placed(c, where, layers) for c in tree.children))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A tree with a name: what a paper made of other methods."""
+
+    name: str
+    make: Callable[..., Tree]  # its keyword arguments are the preset's hyperparameters
+    paper: str
+    category: str
+    lr: tuple[float, float]
+    exceptions: Mapping[str, str] = with_default(default_factory=dict)  # contract check -> why it is exempt
+    in_place: ClassVar[bool] = False
+
+    def __call__(self, **hyper: Any) -> Tree:
+        """The tree. Raises ValueError with the nearest name of an unknown hyperparameter."""
+        known = inspect.signature(self.make).parameters
+        for key in hyper:
+            if key not in known:
+                raise unknown(f"hyperparameter of {self.name}", key, known)
+        return self.make(**hyper)
+
+    def __reduce__(self) -> Any:
+        return _preset, (self.name,)  # its function stands behind the preset's own name, where pickle would not find it
+
+    def about(self) -> str:
+        """Its one fact: the first line of the function's docstring."""
+        return (self.make.__doc__ or "").strip().partition("\n")[0]
+
+    def hyper(self) -> list[tuple[str, Any, Any]]:
+        """(name, type, default) of each hyperparameter, in order."""
+        return [(p.name, p.annotation, p.default) for p in inspect.signature(self.make).parameters.values()]
+
+    def hyperparameters(self) -> list[tuple[str, str, Any, str]]:
+        """(name, type, default, comment) of each, in order."""
+        comments = comments_in(self.make)
+        return [
+            (n, getattr(kind, "__name__", str(kind)), default, comments.get(n, "")) for n, kind, default in self.hyper()
+        ]
+
+    def mergeable(self) -> bool:
+        """Do all of its methods fold?"""
+        return all(leaf.method.mergeable() for _, leaf in self().leaves())
+
+    def count(self) -> str:
+        """The trained parameters at one site of each method, as formulas."""
+        return "; ".join(f"{leaf.method.name}: {leaf.method.count()}" for _, leaf in self().leaves())
+
+    @property
+    def where(self) -> str:
+        """The places of its methods."""
+        places = [leaf.method.where if leaf.where is None else leaf.where for _, leaf in self().leaves()]
+        return "; ".join(map(str, dict.fromkeys(places)))
+
+
+PRESETS: dict[str, Preset] = {}
+
+
+def _preset(name: str) -> Preset:
+    return PRESETS[name]
+
+
+def preset(
+    name: str, *, paper: str, category: str, lr: tuple[float, float], exceptions: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., Tree]], Preset]:
+    """Register a function from hyperparameters to a tree under `name`."""
+
+    def register(make: Callable[..., Tree]) -> Preset:
+        PRESETS[name] = Preset(name, make, paper, category, lr, exceptions or {})
+        return PRESETS[name]
+
+    return register
 
 
 def assemble(tree: Tree, deltas: "Mapping[str, Delta]", path: str = "") -> "Delta | None":

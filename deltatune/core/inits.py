@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import shapes
+
 Init = Callable[..., Tensor]
 
 
@@ -47,6 +49,16 @@ def truncated(std: float = 0.01) -> Init:
     return init
 
 
+def uniform(fan: str) -> Init:
+    """U(-1/sqrt(fan), 1/sqrt(fan)) for a fan in the language of shapes: what `nn.Linear` gives its bias."""
+
+    def init(shape: tuple[int, ...], *, delta: Any, **_: Any) -> Tensor:
+        (n,) = shapes.sizes(fan, delta.dims(None))
+        return torch.empty(shape).uniform_(-(n**-0.5), n**-0.5)
+
+    return init
+
+
 def constant(value: float | str) -> Init:
     """A number, or the hyperparameter of that name."""
 
@@ -54,3 +66,20 @@ def constant(value: float | str) -> Init:
         return torch.full(shape, float(getattr(delta, value) if isinstance(value, str) else value))
 
     return init
+
+
+def row_norm(shape: tuple[int, ...], *, base: Any, **_: Any) -> Tensor:
+    """|W| of each row"""
+    norm: Tensor = base.weight.norm(dim=1)
+    return norm
+
+
+def row_square(shape: tuple[int, ...], *, base: Any, **_: Any) -> Tensor:
+    """|W|^2 of each row"""
+    square: Tensor = base.weight.square().sum(1)
+    return square
+
+
+def xavier(shape: tuple[int, ...], **_: Any) -> Tensor:
+    """U(-sqrt(3 / D), sqrt(3 / D)) for (P, D)"""
+    return nn.init.uniform_(torch.empty(shape), -math.sqrt(3 / shape[-1]), math.sqrt(3 / shape[-1]))

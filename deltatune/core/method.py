@@ -12,16 +12,13 @@
         def fold(self, weight, bias):
             return weight + self.alpha / self.r * (self.b @ self.a), bias
 
-The contract is five words, all optional, all pure: `fold`, `pre`, `post`, `kv`, `tokens`, and `linear` for speed. From
+The contract is six words, all optional, all pure: `fold`, `pre`, `post`, `around`, `kv`, `tokens`, and `linear` for speed. From
 the declaration come allocation, the parameter count, the file layout, the command line and the docs. Calling the class
 gives a leaf of a tree (`dt.LoRA(r=16)`); `attach` makes the deltas, one per site.
 """
 
 import inspect
-import io
 import math
-import textwrap
-import tokenize
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -35,7 +32,7 @@ from torch import Tensor, nn
 from . import shapes
 from .bank import Bank
 from .base import Base, place_of
-from .compose import Leaf, Where, meet_fold, meet_post
+from .compose import PRESETS, Leaf, Preset, Where, comments_in, meet_fold, meet_post, where_of
 from .errors import unknown
 from .inits import Init, kaiming, zeros
 from .site import Site
@@ -55,6 +52,7 @@ class Slot:
     init: Init
     train: bool
     shared: bool = False
+    by: str = "shape"  # what has one shared tensor: sites of one shape, also of one role, also of one stack
 
 
 def param(shape: str, init: Init = zeros) -> Any:
@@ -67,9 +65,14 @@ def fixed(shape: str, init: Init) -> Any:
     return Slot(shape, init, train=False)
 
 
-def bank(shape: str, init: Init = kaiming, *, train: bool = False) -> Any:
-    """A tensor shared by every site of one shape: random from the seed and never saved, or trained and saved once."""
-    return Slot(shape, init, train=train, shared=True)
+def bank(
+    shape: str, init: Init = kaiming, *, train: bool = False, by: Literal["shape", "role", "stack"] = "shape"
+) -> Any:
+    """A tensor shared by every site of one shape: random from the seed and never saved, or trained and saved once.
+
+    With `by="role"` each role has its own (q and v apart), with `by="stack"` each role of encoder and of decoder.
+    """
+    return Slot(shape, init, train=train, shared=True, by=by)
 
 
 class Delta(nn.Module):
@@ -80,13 +83,16 @@ class Delta(nn.Module):
     has_post: bool = False
     has_fold: bool = False
     has_linear: bool = False
+    has_around: bool = False
     has_kv: bool = False
     has_tokens: bool = False
     reads_call: bool = False
     fast: bool = False  # run in activation space here
+    noisy: bool = False  # its training forward is random: the weight path, which knows no rows, cannot run it
     frame: "Frame"
     switch: "Switch"
     tap: str = ""  # a span's: under which key the entry leaves its input
+    path: str = "0"  # its leaf's, in the tree
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The adapted (O, I) weight and (O) bias, out of place. Defining it is what makes a method mergeable."""
@@ -104,6 +110,10 @@ class Delta(nn.Module):
         """The whole layer at once, for a delta alone at a linear site; equal to `post(base(x), x)`."""
         raise NotImplementedError
 
+    def around(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+        """The layer with `base`, the layer itself and all inside, called as often as it takes; at `around_kinds` alone."""
+        raise NotImplementedError
+
     def kv(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B or 1, H_kv, P, D) to put in front of the attention's own (B, H_kv, T, D)."""
         raise NotImplementedError
@@ -117,7 +127,7 @@ class Delta(nn.Module):
         return self.fold(weight, bias)
 
 
-_WORDS = ("pre", "post", "fold", "linear", "kv", "tokens")
+_WORDS = ("pre", "post", "fold", "linear", "around", "kv", "tokens")
 _WEIGHTS = frozenset({"linear", "conv2d", "embedding", "experts"})
 
 
@@ -127,16 +137,18 @@ class Method(Delta):
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""  # arXiv id, or where else it is published
-    category: ClassVar[str] = ""  # of the survey: baseline, additive, partial, reparameterized, ...
+    category: ClassVar[str] = ""  # of the survey: baseline, additive, partial, reparameterized, hybrid, unified, ...
     where: ClassVar[str] = "q,v"  # default place
     kinds: ClassVar[frozenset[str]] = frozenset()  # the kinds of site it can sit on; by default what its words allow
     fast_kinds: ClassVar[frozenset[str]] = frozenset({"linear"})  # weight kinds on which pre and post mean the same
+    around_kinds: ClassVar[frozenset[str]] = frozenset()  # the kinds on which it says its maths by `around`
     limits: ClassVar[Mapping[str, str]] = {}  # hyperparameter -> its largest value, in the language of shapes
     lr: ClassVar[tuple[float, float]] = (
         1e-4,
         1e-2,
     )  # range of learning rates (AdamW) that the paper and its users take
     in_place: ClassVar[bool] = False  # trains the base's own parameters
+    helper: ClassVar[bool] = False  # a part of trees, no candidate of a comparison by itself
     schedule: ClassVar["type[Schedule] | None"] = None
     exceptions: ClassVar[Mapping[str, str]] = {}  # contract check -> why this method is exempt
     slots: ClassVar[dict[str, Slot]] = {}
@@ -150,8 +162,10 @@ class Method(Delta):
             k: cls.__dict__.get(k, MISSING) for k in (*notes, *(k for k, v in vars(cls).items() if isinstance(v, Slot)))
         }
         own = {k: v for k, v in own.items() if "ClassVar" not in str(notes.get(k, ""))}
-        cls.slots = {**cls.slots, **{k: v for k, v in own.items() if isinstance(v, Slot)}}
-        hyper: list[Any] = [(f.name, f.type, f.default) for f in fields(cls.Config)] if hasattr(cls, "Config") else []
+        bases: list[Any] = [b for b in reversed(cls.__bases__) if hasattr(b, "Config")]
+        slots = {k: v for b in bases for k, v in b.slots.items()}
+        cls.slots = {**slots, **{k: v for k, v in own.items() if isinstance(v, Slot)}}
+        hyper: list[Any] = [(f.name, f.type, f.default) for b in bases for f in fields(b.Config)]
         for k, v in own.items():
             if isinstance(v, Slot):
                 delattr(cls, k)
@@ -159,6 +173,7 @@ class Method(Delta):
                 if v is MISSING:
                     raise TypeError(f"{cls.__name__}.{k}: a hyperparameter needs a default")
                 hyper.append((k, notes[k], v))
+        hyper = list({name: (name, *rest) for name, *rest in hyper}.values())  # the class's own after its bases'
         cls.Config = make_dataclass(f"{cls.__name__}Config", hyper, frozen=True, kw_only=True)
         cls.Config.__module__, cls.Config.__qualname__ = (
             cls.__module__,
@@ -169,8 +184,8 @@ class Method(Delta):
         for key, slot in cls.slots.items():
             shapes.parse(slot.shape)
             if slot.shared:
-                setattr(cls, key, property(partial(_shared, key)))
-        if not cls.kinds:
+                setattr(cls, key, property(partial(shared_tensor, key)))
+        if name and not cls.kinds:
             cls.kinds = (
                 _WEIGHTS if cls.has_fold
                 else frozenset({"attention"}) if cls.has_kv
@@ -187,9 +202,7 @@ class Method(Delta):
         """A leaf: this method with its hyperparameters and its place."""
         if not cls.name:
             raise TypeError(f"{cls.__name__} has no name: it is the common part of other methods")
-        return Leaf(
-            cls, cls.configure(**hyper), tuple(where) if isinstance(where, list) else where, layer_numbers(layers)
-        )
+        return Leaf(cls, cls.configure(**hyper), where_of(where), layer_numbers(layers))
 
     @classmethod
     def configure(cls, **hyper: Any) -> Any:
@@ -202,12 +215,17 @@ class Method(Delta):
         return cls.Config(**hyper)
 
     @classmethod
+    def slots_of(cls, config: Any) -> Mapping[str, Slot]:
+        """The tensors that it has under these hyperparameters; by default all that are declared."""
+        return cls.slots
+
+    @classmethod
     def fits(cls, config: Any, site: Site) -> bool:
         """Is this one of the selected sites that the method means? By default all are."""
         return True
 
     @classmethod
-    def make(cls, config: Any, site: Site, module: nn.Module, shared: Bank) -> "Method":
+    def make(cls, config: Any, site: Site, module: nn.Module, shared: Bank, path: str = "0") -> "Method":
         """Build the delta of one site. Raises ValueError naming the site and the number that does not fit."""
         self = cls.blank()
         nn.Module.__init__(self)
@@ -215,10 +233,21 @@ class Method(Delta):
             object.__setattr__(self, f.name, getattr(config, f.name))
         self.config, self.site = config, site
         self.__dict__["_bank"] = (shared, {})
+        self.path = path
         weighted = site.kind in _WEIGHTS or site.kind == "norm"
+        self.has_around = site.kind in cls.around_kinds
         self.fast = (self.has_pre or self.has_post) and (not weighted or site.kind in cls.fast_kinds)
+        self.fast = self.fast or self.has_around
         if site.rows and self.has_pre and self.fast:
             self.fast = False  # a slice of a fused projection has no input of its own
+        dropout = getattr(config, "dropout", 0.0)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"{site.name}: {cls.name}: dropout = {dropout}, but it must lie between 0 and 1")
+        self.noisy = dropout > 0
+        if self.noisy and not (self.fast or self.has_linear and site.kind == "linear" and not site.rows):
+            raise ValueError(
+                f"{site.name}: {cls.name}: dropout = {dropout} cannot be honoured on a {site.kind}, where it works on the weight"
+            )
         if weighted and not self.fast and not self.has_fold:
             what = "a slice of a fused projection" if site.rows else f"a {site.kind}"
             raise ValueError(f"{site.name}: {cls.name} cannot sit on {what}")
@@ -244,15 +273,17 @@ class Method(Delta):
         dims = self.dims(base)
         self.check_limits(dims)
         lead = (self.site.n_experts,) if self.site.kind == "experts" else ()
-        for key, slot in self.slots.items():
+        for key, slot in self.slots_of(self.config).items():
             shape = shapes.sizes(slot.shape, dims)
             if slot.shared:
                 device = torch.empty(0).device
                 shared, keys = self.__dict__["_bank"]
-                keys[key] = shared.claim(key, shape, slot.init, slot.train, device)
+                keys[key] = self.bank_key(key, slot, shape)
+                shared.claim(keys[key], shape, slot.init, slot.train, device, dtype, self)
                 continue
             if lead:
-                value = torch.stack([slot.init(shape, base=base, delta=self) for _ in range(lead[0])])
+                each = [Base(base.module, base.site, i) for i in range(lead[0])]
+                value = torch.stack([slot.init(shape, base=one, delta=self) for one in each])
             else:
                 value = slot.init(shape, base=base, delta=self)
             if tuple(value.shape) != (*lead, *shape):
@@ -263,6 +294,13 @@ class Method(Delta):
                 self.register_parameter(key, nn.Parameter(value))
             else:
                 self.register_buffer(key, value)
+
+    def bank_key(self, key: str, slot: Slot, shape: tuple[int, ...]) -> str:
+        """Under which key of the bank a shared tensor is kept."""
+        role = f"_{self.site.role}".replace(".", "_") if slot.by != "shape" else ""
+        stack = f"_{self.site.stack}" if slot.by == "stack" and self.site.stack else ""
+        leaf = f"{self.path}_".replace(".", "_") if slot.train and self.path != "0" else ""  # each leaf trains its own
+        return f"{leaf}{key}{role}{stack}_{'x'.join(map(str, shape))}"
 
     def dims(self, base: Base) -> dict[str, Any]:
         """The names that shape strings may use: the site's sizes and every numeric hyperparameter."""
@@ -282,6 +320,20 @@ class Method(Delta):
             if not 1 <= dims[key] <= most:
                 raise ValueError(f"{key} = {dims[key]}, but it must lie between 1 and {limit} = {most}")
 
+    def finished(self, leaf: Leaf) -> tuple[Leaf, dict[str, Tensor]]:
+        """The leaf and its tensors by slot as they are saved once training is over: without what only training needs."""
+        return leaf, self.state_dict()
+
+    @classmethod
+    def n_moving(cls, config: Any, n: int) -> int:
+        """How many of the `n` entries that an in-place method trains can move."""
+        return n
+
+    @property
+    def exact(self) -> "Method":
+        """Itself, its tensors in their own dtype, also where the words run on a view that is cast to the activations'."""
+        return self
+
     @property
     def call(self) -> "Call":
         """The record of the forward that is running. Raises ValueError outside the model's own forward."""
@@ -293,6 +345,11 @@ class Method(Delta):
         return self.frame.call
 
     @classmethod
+    def about(cls) -> str:
+        """Its equation, or its one fact: the first line of the docstring."""
+        return (cls.__doc__ or "").strip().partition("\n")[0]
+
+    @classmethod
     def mergeable(cls) -> bool:
         """Can it be folded into the weight?"""
         return cls.has_fold
@@ -302,16 +359,29 @@ class Method(Delta):
         """The trained parameters at one site, as a formula in the site's sizes and the hyperparameters."""
         terms = [
             "*".join(d.text for d in shapes.parse(s.shape)) or "1"
-            for s in cls.slots.values()
+            for s in cls.slots_of(cls.configure()).values()
             if s.train and not s.shared
         ]
         return " + ".join(terms) or ("the base's own" if cls.in_place else "0")
+
+    @classmethod
+    def hyper(cls) -> list[tuple[str, Any, Any]]:
+        """(name, type, default) of each hyperparameter, in order."""
+        return [(f.name, f.type, f.default) for f in fields(cls.Config)]
 
     @classmethod
     def hyperparameters(cls) -> list[tuple[str, str, Any, str]]:
         """(name, type, default, comment) of each, in order."""
         comments = _comments(cls)
         return [(f.name, _kind(f.type), f.default, comments.get(f.name, "")) for f in fields(cls.Config)]
+
+
+def named(name: str) -> "type[Method] | Preset":
+    """The method or the preset of that name. Raises ValueError with the nearest one."""
+    found = METHODS.get(name) or PRESETS.get(name)
+    if found is None:
+        raise unknown("method", name, [*METHODS, *PRESETS])
+    return found
 
 
 class Meet(Delta):
@@ -322,7 +392,7 @@ class Meet(Delta):
         self.op, self.site = op, parts[0].site
         self.parts = nn.ModuleList(parts)
         self.has_fold = all(p.has_fold for p in parts)
-        self.has_post = all(p.fast and not p.has_pre for p in parts)
+        self.has_post = all(p.fast and not p.has_pre and not p.has_around for p in parts)
         self.has_kv = any(p.has_kv for p in parts)
         self.has_tokens = any(p.has_tokens for p in parts)
         self.reads_call = any(p.reads_call for p in parts)
@@ -370,7 +440,8 @@ class Meet(Delta):
         return torch.cat([cast(p, batch.dtype).tokens(batch) for p in self._parts if p.has_tokens], 1)
 
 
-def _shared(key: str, delta: Method) -> Tensor:
+def shared_tensor(key: str, delta: Method) -> Tensor:
+    """The tensor that `delta` shares with others under the slot `key`."""
     tensors, keys = delta.__dict__["_bank"]
     value = tensors.tensor(keys[key])
     assert isinstance(value, Tensor)
@@ -407,6 +478,8 @@ def _typed(method: str, key: str, value: Any, kind: Any) -> Any:
             return value
         if option is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
+        if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
+            return tuple(_typed(method, key, v, typing.get_args(option)[0]) for v in value)
         if (
             isinstance(option, type)
             and option is not float
@@ -421,6 +494,8 @@ def _kind(kind: Any) -> str:
     """A hyperparameter's type in words; a choice as its options."""
     if typing.get_origin(kind) is Literal:
         return " | ".join(map(repr, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return f"list of {_kind(typing.get_args(kind)[0])}"
     return getattr(kind, "__name__", str(kind).replace("typing.", ""))
 
 
@@ -428,18 +503,6 @@ def _comments(cls: type) -> dict[str, str]:
     """The comment behind each field of the class's source; none where the source is not there."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
-        if base in (object, nn.Module, Delta, Method):
-            continue
-        try:
-            source = textwrap.dedent(inspect.getsource(base))
-        except (OSError, TypeError):
-            continue
-        field = ""
-        for token in tokenize.generate_tokens(io.StringIO(source).readline):
-            if token.type == tokenize.NAME and token.start[1] == 4:
-                field = token.string
-            elif token.type == tokenize.COMMENT and field:
-                found[field] = token.string.lstrip("# ")
-            elif token.type == tokenize.NEWLINE:
-                field = ""
+        if base not in (object, nn.Module, Delta, Method):
+            found |= comments_in(base)
     return found

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import tokens
 from .compose import Tree, parts_of
 from .method import Delta
-from .runtime import OWN_FIELDS, ROOT_LAYERS, Deltas, Frame, Switch, Tap, swap, walk
+from .runtime import OWN_FIELDS, ROOT_LAYERS, Deltas, Frame, Leave, Switch, Tap, swap, walk
 from .site import Site, all_sites
 
 EVERYTHING = "everything"  # the `where` of an in-place method that trains all parameters
@@ -28,7 +28,7 @@ class Entry:
     module: str
     key: str
     sites: dict[str, str]  # leaf path -> site name
-    entry: str | None = None  # the module that carries a span's tap
+    entry: str | None = None  # the module at a span's other end
 
 
 @dataclass(slots=True)
@@ -45,6 +45,7 @@ class Info:
     current: dict[str, Tensor] = field(default_factory=dict)  # of `owned`, while disabled
     switch: Switch = field(default_factory=Switch)
     merged: dict[str, SimpleNamespace] | None = None  # module -> its weight and bias before the merge
+    calibrated: dict[str, Tensor] = field(default_factory=dict)  # what the schedule found in data, by parameter
 
 
 @dataclass(slots=True)
@@ -84,8 +85,9 @@ def place(modules: Mapping[str, nn.Module], entry: Entry, part: Delta, frame: Fr
     for delta in (part, *parts_of(part)):
         delta.__dict__["frame"], delta.__dict__["switch"] = frame, switch
     if entry.entry is not None:
-        part.tap = f"{entry.module}|{entry.key}"
-        add(modules[entry.entry], entry.entry, entry.key, Tap(part), "site")
+        if part.site.entry is not None:
+            part.tap = f"{entry.module}|{entry.key}"
+        add(modules[entry.entry], entry.entry, entry.key, (Tap if part.tap else Leave)(part), "site")
     if part.site.kind == "input":
         limit = tokens.n_positions(modules[entry.module])
         size = max((getattr(p, "n", 0) for p in parts_of(part)), default=0)
@@ -104,6 +106,7 @@ def add(module: nn.Module, name: str, key: str, delta: Delta, layer: str) -> Non
     deltas = module._modules["deltas"]
     assert isinstance(deltas, Deltas)
     deltas[key] = delta
+    delta.train(module.training)  # a model in eval mode stays so
     swap(module, name, add=(layer,))
 
 
@@ -120,17 +123,23 @@ def remove(module: nn.Module, name: str, key: str) -> None:
 
 
 def refresh(model: nn.Module, record: Record) -> None:
-    """Set what depends on all adapters together: who reads the call, the blocks that carry it through checkpoints, and
-    the decoders whose cross-attention has to see an encoder's soft tokens."""
+    """Set what depends on all adapters together: who reads the call, the blocks that carry it through checkpoints, the
+    decoders whose cross-attention has to see an encoder's soft tokens, the backbones whose positions are moved."""
     frame = record.frame
-    leaves = [d for n, info in record.infos.items() for _, _, part in standing(model, info, n) for d in parts_of(part)]
+    by_name = {
+        n: [d for _, _, part in standing(model, info, n) for d in parts_of(part)] for n, info in record.infos.items()
+    }
+    leaves = [d for deltas in by_name.values() for d in deltas]
     readers = [d for d in leaves if d.reads_call]
     frame.readers = len(readers)
     frame.wanted = frozenset(n for n in OWN_FIELDS for d in readers if n in getattr(d, "reads", ()))
     lengthened = any(d.site.kind == "input" and d.site.stack == "encoder" for d in leaves)
+    shifted = any(getattr(d, "shift", False) for d in leaves)
     carriers: set[str] = set()
     decoders: set[str] = set()
-    for site in all_sites(model) if readers or lengthened else ():
+    table = all_sites(model) if readers or lengthened or shifted else ()
+    shifts = tokens.shifts_of(dict(walk(model)), table, by_name) if shifted else {}
+    for site in table:
         if site.kind == "block" and any(f"{d.site.module}.".startswith(f"{site.module}.") for d in readers):
             carriers.add(site.module)
         if lengthened and site.kind == "input" and site.stack == "decoder":
@@ -141,8 +150,13 @@ def refresh(model: nn.Module, record: Record) -> None:
             swap(module, name, add=("block",))
         elif module.__dict__.pop("_deltatune_frame", None) is not None:
             swap(module, name, drop=("block",))
+        if name in shifts:
+            module.__dict__["_deltatune_shift"] = shifts[name]
+            module.__dict__["_deltatune_positions"] = tokens.n_positions(module)
+        elif module.__dict__.pop("_deltatune_shift", None) is not None and "deltas" not in module._modules:
+            module.__dict__.pop("_deltatune_positions", None)
         layers = type(module).__dict__.get("_deltatune_class", (None, ()))[1]
-        if name in decoders:
+        if name in decoders or name in shifts:
             swap(module, name, add=("input",))
         elif "input" in layers and "deltas" not in module._modules:
             swap(module, name, drop=("input",))

@@ -13,8 +13,9 @@ runs; a block hands it through gradient checkpointing as an argument, so that th
 import functools
 import inspect
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .method import Delta
 
 # package -> what to do once it is loaded and a model is attached or unpickled; `deltatune/__init__.py` fills it
 INTEGRATIONS: dict[str, Callable[[], None]] = {}
+ATTENDS: list[Callable[[nn.Module], bool]] = []  # does this attention look for learned keys and values?
 ATTACHED: list[Callable[[nn.Module], None]] = []  # what integrations do to a model once an adapter stands on it
 
 
@@ -78,20 +80,23 @@ class Switch:
 
 
 class _Cast:
-    """A delta seen with its small floating tensors in the activations' dtype; `x` itself is never cast up."""
+    """A delta seen with its small floating tensors in the activations' dtype; `x` itself is never cast up.
 
-    __slots__ = ("delta", "dtype")
+    Without slots: dynamo looks for them in `__getattr__`, and never comes back.
+    """
 
     def __init__(self, delta: Delta, dtype: torch.dtype) -> None:
         self.delta, self.dtype = delta, dtype
 
     def __getattr__(self, name: str) -> Any:
+        if name == "exact":
+            return self.delta
+        function = getattr(type(self.delta), name, None)
+        if isinstance(function, types.FunctionType):
+            return functools.partial(function, self)
         value = getattr(self.delta, name)
         if isinstance(value, Tensor):
             return value.to(self.dtype) if value.is_floating_point() else value
-        function = getattr(value, "__func__", None)
-        if function is not None and getattr(value, "__self__", None) is self.delta:
-            return functools.partial(function, self)
         return value
 
 
@@ -158,9 +163,11 @@ def adapted(
         if delta.has_fold and not delta.fast:
             cut = i
     inner, outer = live[:cut], live[cut:]
+    if any(delta.has_around for delta in outer):
+        return _onion(module, forward, inner, outer, rest, kwargs, x)
     seen = []
     for delta in reversed(outer):
-        if delta.has_pre:
+        if delta.has_pre and delta.site.entry is None:  # a span's runs at its entry
             x = cast(delta, x.dtype).pre(x)
         seen.append(x)
     y = base.apply(module, forward, inner, x, rest, kwargs) if inner else forward(module, x, *rest, **kwargs)
@@ -168,28 +175,75 @@ def adapted(
         return y
     head = y[0] if isinstance(y, tuple) else y
     for delta, own in zip(outer, reversed(seen), strict=True):
-        if delta.has_post and delta.fast:
+        if delta.has_post and delta.fast and delta.site.leave is None:
             head = post(delta, head, own)
     return (head, *y[1:]) if isinstance(y, tuple) else head
 
 
-class Tap(Delta):
-    """Stands at a span's entry and leaves the input there for the delta at its exit."""
+def _onion(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    inner: Sequence[Delta],
+    outer: Sequence[Delta],
+    rest: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    x: Tensor,
+) -> Any:
+    """`adapted` where a delta runs what is inside it itself; such layers give one tensor."""
+    if not outer:
+        return base.apply(module, forward, inner, x, rest, kwargs) if inner else forward(module, x, *rest, **kwargs)
+    *within, delta = outer
+    run = functools.partial(_onion, module, forward, inner, within, rest, kwargs)
+    seen = cast(delta, x.dtype)
+    if delta.has_around:
+        return seen.around(x, run)
+    if delta.has_pre:
+        x = seen.pre(x)
+    y = run(x)
+    return post(delta, y, x) if delta.has_post and delta.fast else y
 
+
+class Tap(Delta):
+    """Stands at a span's entry: runs the owner's `pre` there, and leaves its input for the `post` at the exit."""
+
+    owner: Delta
     has_pre = True
     fast = True
 
     def __init__(self, owner: Delta) -> None:
         super().__init__()
-        self.site = owner.site
+        self.site = replace(owner.site, entry=None)
         self.switch = owner.switch
         self.__dict__["owner"] = owner  # not a child: the owner lives at the exit
 
     def pre(self, x: Tensor) -> Tensor:
-        """Leave `x` for the owner; the exit takes it away again."""
-        owner = self.__dict__["owner"]
+        """The owner's `pre`; the exit takes away what is left for it."""
+        owner = self.owner
+        if owner.has_pre:
+            x = cast(owner, x.dtype).pre(x)
         owner.frame.stash[owner.tap] = x
         return x
+
+
+class Leave(Delta):
+    """Stands at the last block of a span of all blocks, whose delta is at the first, and runs the owner's `post`.
+
+    The owner's tensors are with its `pre`, where sharding gathers them; its `post` sees the last block's own input.
+    """
+
+    owner: Delta
+    has_post = True
+    fast = True
+
+    def __init__(self, owner: Delta) -> None:
+        super().__init__()
+        self.site = replace(owner.site, leave=None)
+        self.switch = owner.switch
+        self.__dict__["owner"] = owner
+
+    def post(self, y: Tensor, x: Tensor) -> Tensor:
+        """The owner's `post`."""
+        return cast(self.owner, y.dtype).post(y, x)  # type: ignore[no-any-return]
 
 
 # A layer of behaviour: given the original class and the forward so far, the next forward; it may add to the namespace.
@@ -255,7 +309,14 @@ def root_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any]
 
     @functools.wraps(forward)
     def root_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        frame: Frame = self.__dict__["_deltatune"].frame
+        attached = self.__dict__.get("_deltatune")
+        if attached is None:  # detached; TRL and accelerate's autocast still hold the bound method that they found
+            return forward(self, *args, **kwargs)
+        frame: Frame = attached.frame
+        if kwargs.get("adapter_names") is not None and "adapter_names" not in names:
+            raise ValueError(
+                "adapter_names is HF PEFT's argument; a model with adapters of deltatune takes adapter_ids"
+            )
         given = [n for n in OWN_FIELDS if kwargs.get(n) is not None and n not in names]
         for name in given:
             if name not in frame.wanted:

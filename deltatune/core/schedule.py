@@ -3,14 +3,15 @@
 A `Schedule` belongs to one adapter. Our trainer, the plain `TrainerCallback` and a hand-written loop call the same
 events in the same order:
 
-    begin(optimizer, n_steps)            once, when the optimiser exists; the number of optimiser steps is fixed here
+    calibrate(batches, loss)             once, where the method looks at data first (`needs_data`)
+    begin(optimizer, n_steps, n_micro)   once, when the optimiser exists; the number of optimiser steps is fixed here
     before_step(step), optimizer.step(), after_step(step), optimizer.zero_grad()
     end()
 
 Gradients are still there in `after_step`. `state_dict` makes the schedule resumable at any step.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,10 +25,17 @@ class Schedule:
     """The schedule that changes nothing; a method's own overrides the events it needs."""
 
     needs_groups = False  # True: the optimiser must have been built from `groups`; `begin` raises where it was not
+    has_penalty = False  # True: it adds to gradients what is not scaled with the loss
+    needs_data = False  # True: `calibrate` must have run; `begin` raises where it did not
 
     def __init__(self, adapter: "Adapter") -> None:
         self.adapter = adapter
         self.n_steps = 0
+
+    def calibrate(self, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor]) -> None:
+        """Look at data before training. Raises ValueError where the method has no use for it."""
+        names = ", ".join(sorted({leaf.method.name for _, leaf in self.adapter.tree.leaves()}))
+        raise ValueError(f"adapter {self.adapter.name!r}: {names} needs no calibration data")
 
     def groups(self, lr: float, weight_decay: float = 0.0, head_lr: float | None = None) -> list[dict[str, Any]]:
         """The optimiser's parameter groups: vectors take no weight decay, the task head its own rate where one is given."""
@@ -44,9 +52,17 @@ class Schedule:
             for (of_head, matrix), ps in parts.items()
         ]
 
-    def begin(self, optimizer: torch.optim.Optimizer, n_steps: int) -> None:
-        """Called once before the first step. Raises ValueError where the optimiser misses what the schedule needs."""
+    def begin(self, optimizer: torch.optim.Optimizer, n_steps: int, n_micro: int = 1) -> None:
+        """Called once before the first step; `n_micro` is the number of backward passes of one step.
+
+        Raises ValueError where the optimiser misses what the schedule needs, or the data was not looked at.
+        """
         self.n_steps = n_steps
+        if self.needs_data and not self.adapter._info.calibrated:
+            raise ValueError(
+                f"adapter {self.adapter.name!r}: {type(self).__name__} looks at data first; call "
+                f"adapter.calibrate(batches) before training"
+            )
         if self.needs_groups:
             have = {frozenset(map(id, g["params"])) for g in optimizer.param_groups}
             want = [frozenset(map(id, g["params"])) for g in self.groups(1.0)]
@@ -84,10 +100,16 @@ class Schedules:
         """Every adapter's parameter groups."""
         return [g for s in self.each.values() for g in s.groups(lr, weight_decay, head_lr)]
 
-    def begin(self, optimizer: torch.optim.Optimizer, n_steps: int) -> None:
+    def calibrate(self, batches: Callable[[], Iterable[Any]], loss: Callable[[Any, Any], Tensor]) -> None:
+        """`Schedule.calibrate` of each that needs it and has not seen data; `batches()` starts them anew."""
+        for s in self.each.values():
+            if s.needs_data and not s.adapter._info.calibrated:
+                s.calibrate(batches(), loss)
+
+    def begin(self, optimizer: torch.optim.Optimizer, n_steps: int, n_micro: int = 1) -> None:
         """`Schedule.begin` of each."""
         for s in self.each.values():
-            s.begin(optimizer, n_steps)
+            s.begin(optimizer, n_steps, n_micro)
 
     def before_step(self, step: int) -> None:
         """`Schedule.before_step` of each."""

@@ -36,6 +36,10 @@ _MLP = {name: role for role, names in MLP.items() for name in names.split()}
 _EMBED = re.compile(r"(.*\.)?(word_embeddings?|embed_tokens|token_embeddings?|tok_embeddings|wte|embed_in|tokens_embed"
                     r"|embeddings|patch_embed\w*(\.proj\w*)?|conv_proj)")  # fmt: skip
 _CROSS = re.compile(r"cross|enc_?dec|encoder_att|attn2", re.IGNORECASE)
+# The norm behind the MLP's residual add, whose output is the block's: beside the MLP's exit, or in the block.
+_POST_NORM = ("LayerNorm", "output_layer_norm", "full_layer_layer_norm")
+# The norm in front of a block's MLP, where its name says on which side it stands; BART's and OPT's does not.
+_PRE_NORM = ("pre_feedforward_layernorm", "layernorm_after", "post_attention_layernorm", "ln_2", "norm2", "layer_norm2")
 _STACKS = {"vision": "visi|visual|image", "text": "text|language", "encoder": "encoder", "decoder": "decoder"}
 _TASK_HEADS = {"classifier", "score", "qa_outputs", "classification_head", "multiple_choice_head", "sequence_summary"}
 _LM_HEADS = {"lm_head", "embed_out", "generator_lm_head"}
@@ -47,7 +51,9 @@ _PER_HEAD = {"query_key_value", "in_proj"}  # fused by head: q k v, q k v, ...; 
 PLACES = ("span", "attention", "block", "input")
 KINDS = ("linear", "conv2d", "embedding", "norm", "experts", "router", *PLACES)
 HEADS = ("head", "lm_head")
-ROLES = (*(f"attn.{r}" for r in ATTN), *(f"cross.{r}" for r in ATTN if r != "qkv"), *MLP, "attn", "cross", "mlp")
+GROUPS = ("attn", "cross", "mlp")  # a sub-layer, or for a method of its matrices all of them
+ROLES = (*(f"attn.{r}" for r in ATTN), *(f"cross.{r}" for r in ATTN if r != "qkv"), *MLP, *GROUPS)
+ROLES += ("mlp+norm", "post_norm", "blocks")
 ROLES += ("block", "input", "embed", "norm", "pooler", *HEADS)
 SHORT = {r: (f"attn.{r}", f"cross.{r}") for r in ATTN} | {r: (f"mlp.{r}",) for r in ("gate", "up", "gate_up", "down")}
 
@@ -73,9 +79,13 @@ class Site:
     param: str = "weight"  # the weight's name in the module
     rows: tuple[tuple[int, int], ...] | None = None  # a slice's ranges of output rows, in the order of its heads
     entry: str | None = None  # a span's module whose input is the sub-layer's input
+    leave: str | None = None  # of the span of all blocks, the last: there `module` is the first
     n_experts: int = 0
     n_kv_heads: int = 0  # of an attention, and of a fused projection that can be sliced
     d_head: int = 0
+    norm: str | None = None  # of an MLP's span, the norm in front of it inside the residual branch
+    is_last: bool = False  # of a norm, whether its output is the block's
+    patches: bool = False  # of a block: its stack reads an image's patches
 
     @property
     def n_weights(self) -> int:
@@ -116,8 +126,11 @@ def all_sites(model: nn.Module) -> tuple[Site, ...]:
         if embed:
             size = embed.d_in if embed.kind == "embedding" else embed.d_out
         found[owner].append(Site(owner, owner, "input", "input", None, size, size, False, stack.name))
+        patches = embed is not None and embed.kind == "conv2d" and _mixes_all(stack, modules, inside)
         for i, block in enumerate(stack.blocks):
             for site in _inside(block, i, stack.name, modules, inside[block]):
+                if site.kind == "block" and patches:
+                    site = replace(site, patches=True)
                 found[block if site.kind == "span" else site.module].append(site)
     for leaf in outside:
         found[leaf.module].append(leaf)
@@ -149,6 +162,29 @@ def slices(site: Site) -> tuple[Site, ...]:
     return tuple(parts)
 
 
+def expanded(table: Sequence[Site]) -> list[Site]:
+    """The table with what is made of its rows: slices of fused projections, an MLP with its norm, all blocks as one span.
+
+    These have roles of their own, which no other role or kind selects.
+    """
+    found: list[Site] = []
+    for site in table:
+        found += [site, *slices(site)]
+        if site.is_last:
+            found.append(replace(site, name=f"{site.name}:post_norm", role="post_norm", is_last=False))
+        if site.norm is not None:
+            found.append(replace(site, name=f"{site.name}+norm", role="mlp+norm", entry=site.norm, norm=None))
+    stacks: dict[str, list[Site]] = {}
+    for site in table:
+        if site.kind == "block":
+            stacks.setdefault(re.sub(r"\d+$", "", site.name), []).append(site)
+    for first, *rest in stacks.values():
+        last = (rest or [first])[-1]
+        whole = replace(first, name=f"{first.name}:blocks", kind="span", role="blocks", layer=None)
+        found.append(replace(whole, leave=last.module if rest else None))
+    return found
+
+
 def sites(
     model: nn.Module,
     where: str | Sequence[str],
@@ -157,7 +193,9 @@ def sites(
 ) -> tuple[Site, ...]:
     """The sites that `where` names, in module order.
 
-    `where` is one of: roles and kinds ("attn.q,mlp.down", "norm"; `q` is q of every attention, self and cross);
+    `where` is one of: roles and kinds ("attn.q,mlp.down", "norm"; `q` is q of every attention, self and cross; `attn` and
+    `mlp` are the sub-layers, or all of their matrices for a method of matrices; "post_norm|block" is the first of them that
+    the backbone has);
     "all-linear" (every linear but the heads); a regular expression that matches whole names; a list of names, each
     whole or a suffix after a dot (HF PEFT's rules), or a role. A role of a fused projection selects slices of it.
     Heads are selected by their roles `head` and `lm_head` or by name alone. `layers` are indices into each stack,
@@ -177,7 +215,7 @@ def select(
 ) -> tuple[Site, ...]:
     """`sites` on a table that is there already."""
     supported = None if kinds is None else frozenset(kinds)
-    order = {site.name: i for i, site in enumerate(_with_slices(table))}
+    order = {site.name: i for i, site in enumerate(expanded(table))}
     hits: dict[str, Site] = {}
     for part, matched in _matches(table, where, supported):
         kept = [site for site in matched if supported is None or site.kind in supported]
@@ -200,12 +238,14 @@ def _matches(
     """Each part of `where` with the sites it names, never none."""
     if isinstance(where, str):
         parts = [part.strip() for part in where.split(",")]
+        parts = [next((w for w in part.split("|") if w in _words_of(table)), part.rpartition("|")[2])
+                 if "|" in part and all(map(_is_role, part.split("|"))) else part for part in parts]  # fmt: skip
         known = [part for part in parts if _is_role(part)]
         plain = not re.search(r"[\\*+?\[\](){}|^$]", where)
         if where == "all-linear":
-            yield where, _by_role(table, "linear")
+            yield where, _by_role(table, "linear", supported)
         elif len(known) == len(parts):
-            yield from ((part, _by_role(table, part)) for part in parts)
+            yield from ((part, _by_role(table, part, supported)) for part in parts)
         elif plain and (known or len(parts) > 1):
             raise unknown("role or kind", next(p for p in parts if p not in known), [*_roles_of(table), *KINDS])
         else:
@@ -213,34 +253,37 @@ def _matches(
         return
     if not where:
         raise ValueError("where is an empty list; it must name at least one target")
-    named = _with_slices(table)
+    named = expanded(table)
     for target in where:
         found = [site for site in named if site.name == target or site.name.endswith(f".{target}")]
         if not any(supported is None or site.kind in supported for site in found) and _is_role(target):
-            found = _by_role(table, target)
+            found = _by_role(table, target, supported)
         if not found:
             leafs = [site.name.rpartition(".")[2] for site in named]
             raise unknown("target", target, [*leafs, *_roles_of(table), *(site.name for site in named)])
         yield target, found
 
 
-def _with_slices(table: Sequence[Site]) -> list[Site]:
-    return [part for site in table for part in (site, *slices(site))]
-
-
 def _is_role(word: str) -> bool:
     return word in ROLES or word in KINDS or word in SHORT
 
 
+def _words_of(table: Sequence[Site]) -> set[str | None]:
+    """The roles and kinds that select something here."""
+    return {word for site in expanded(table) for word in (site.role, site.kind)}
+
+
 def _roles_of(table: Sequence[Site]) -> list[str]:
-    have = {site.role for site in _with_slices(table)}
+    have = {site.role for site in expanded(table)}
     return [role for role in ROLES if role in have]
 
 
-def _by_role(table: Sequence[Site], word: str) -> list[Site]:
+def _by_role(table: Sequence[Site], word: str, supported: frozenset[str] | None) -> list[Site]:
     roles = SHORT.get(word, (word,))
-    found = [s for s in _with_slices(table) if s.role in roles]
+    found = [s for s in expanded(table) if s.role in roles]
     found += [s for s in table if s.kind == word and s.role not in HEADS and s.role not in roles]
+    if word in GROUPS and supported is not None and not any(s.kind in supported for s in found):
+        found += [s for s in table if (s.role or "").startswith(f"{word}.") and s.kind in supported]
     if not found:
         have = ", ".join([*_roles_of(table), *sorted({site.kind for site in table})])
         raise ValueError(f"this backbone has no {word!r}; it has {have or 'no site at all'}")
@@ -252,7 +295,8 @@ def _by_regex(table: Sequence[Site], where: str) -> list[Site]:
         pattern = re.compile(where)
     except re.error as error:
         raise ValueError(f"where={where!r} is no regular expression: {error}") from None
-    named = [site for site in (_with_slices(table) if r"\[" in where else table) if site.kind != "span" or ":" in where]
+    whole = expanded(table) if r"\[" in where or ":" in where else table
+    named = [site for site in whole if site.kind != "span" or ":" in where]
     found = [site for site in named if pattern.fullmatch(site.name)]
     if not found:
         names = [site.name for site in table]
@@ -361,6 +405,18 @@ def _stacks(modules: dict[str, nn.Module], leaves: list[Site]) -> list[_Stack]:
     return [stack._replace(name=stack.root) if names.count(stack.name) > 1 else stack for stack in stacks]
 
 
+def _mixes_all(stack: _Stack, modules: dict[str, nn.Module], inside: dict[str, list[Site]]) -> bool:
+    """Does each token of a block see all others, wherever they stand? Not in stages, nor by relative positions."""
+    held = {
+        key
+        for path, module in modules.items()
+        if any(_under(path, block) for block in stack.blocks)
+        for key in (path.rpartition(".")[2], *module._parameters, *module._buffers)
+    }
+    staged = len({_width(inside[block]) for block in stack.blocks}) > 1 or len({_parent(b) for b in stack.blocks}) > 1
+    return any(map(_is_attn, held)) and not staged and not any("relative_position" in key for key in held)
+
+
 def _inside(block: str, layer: int, stack: str, modules: dict[str, nn.Module], leaves: list[Site]) -> Iterator[Site]:
     """A block's own site, its attentions and spans, then its leaves with their roles."""
     width = _width(leaves)
@@ -370,9 +426,9 @@ def _inside(block: str, layer: int, stack: str, modules: dict[str, nn.Module], l
     heads: dict[str, tuple[int, int]] = {}
     spans: dict[str, Site] = {}
 
-    def span(role: str, entry: str, leave: str) -> None:
+    def span(role: str, entry: str, leave: str, norm: str | None = None) -> None:
         name = f"{block}:{role}" if f"{block}:{role}" not in spans else f"{leave}:{role}"
-        spans[name] = Site(name, leave, "span", role, *wide, entry=entry)
+        spans[name] = Site(name, leave, "span", role, *wide, entry=entry, norm=norm)
 
     yield Site(block, block, "block", "block", *wide)
     for path, own in attns.items():
@@ -393,15 +449,35 @@ def _inside(block: str, layer: int, stack: str, modules: dict[str, nn.Module], l
         roles |= {leaf.name: f"{kind}.{role}" for role, leaf in own.items()}
     ins = [leaf.module for role in ("mlp.gate", "mlp.gate_up", "mlp.up") for leaf in mlp.get(role, [])]
     outs = mlp.get("mlp.down", [])
+    norm = _pre_norm(block, modules, ins[0]) if ins else None
     if ins and len(outs) == 1 and outs[0].kind == "linear" and "router" not in mlp:
-        span("mlp", ins[0], outs[0].module)
+        span("mlp", ins[0], outs[0].module, norm)
     elif ins and outs and (whole := _common([_parent(leaf.name) for group in mlp.values() for leaf in group])) != block:
-        span("mlp", whole, whole)  # a mixture of experts is one module with one input and one output
+        span("mlp", whole, whole, norm)  # a mixture of experts is one module with one input and one output
     yield from spans.values()
     for leaf in leaves:
         n_kv, d_head = heads.get(leaf.name, (0, 0))
         role = roles.get(leaf.name, leaf.role)
-        yield replace(leaf, role=role, layer=layer, stack=stack, n_kv_heads=n_kv, d_head=d_head)
+        is_last = leaf.kind == "norm" and len(outs) == 1 and leaf.name in _post_norms(block, outs[0].module)
+        yield replace(leaf, role=role, layer=layer, stack=stack, n_kv_heads=n_kv, d_head=d_head, is_last=is_last)
+
+
+def _pre_norm(block: str, modules: dict[str, nn.Module], entry: str) -> str | None:
+    """The norm whose input is the residual stream and whose output the block's MLP reads; None where no name says so."""
+    beside = f"{_parent(_parent(entry))}.layer_norm"  # T5's list of sub-layers
+    if _parent(_parent(entry)) != block and beside in modules:
+        return beside
+    names = modules[block]._modules
+    if (
+        "post_feedforward_layernorm" in names and "pre_feedforward_layernorm" not in names
+    ):  # OLMo 2 norms what comes out
+        return None
+    return next((f"{block}.{name}" for name in _PRE_NORM if name in names), None)
+
+
+def _post_norms(block: str, leave: str) -> list[str]:
+    """Names that the norm behind the MLP's residual add can have."""
+    return [f"{_parent(leave)}.LayerNorm"] * (_parent(leave) != block) + [f"{block}.{n}" for n in _POST_NORM]
 
 
 def _sublayers(block: str, leaves: list[Site], width: int) -> tuple[dict[str, dict[str, Site]], dict[str, list[Site]]]:

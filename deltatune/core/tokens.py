@@ -2,19 +2,23 @@
 
 The backbone, not the head on top of it, is where tokens enter: its output has the user's own length again, so that
 pooling, labels and losses above see nothing of it. An encoder of an encoder-decoder keeps them, since the decoder attends
-to them; there the decoder's cross-attention mask is extended instead.
+to them; there the decoder's cross-attention mask is extended instead. A method with `pooled` leaves them in the output,
+for a head that pools the first state. Deltas with `shift` move the real tokens' positions and add no token.
 """
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .base import own_class
+from .compose import parts_of
 from .method import Delta
-from .runtime import cast, layer
+from .runtime import Switch, cast, layer
+from .site import Site
 
 _LENGTHENED = ("last_hidden_state", "hidden_states")
 
@@ -42,16 +46,93 @@ def shift(positions: Tensor, n: int, prefill: bool, where: str) -> Tensor:
     return torch.cat([front, positions + n], 1)
 
 
+def refuse_packed(kwargs: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError where a row holds several texts: what stands in front of it would be seen by the first alone."""
+    positions = kwargs.get("position_ids")
+    packed = kwargs.get("cu_seq_lens_q") is not None
+    if not packed and isinstance(positions, Tensor) and kwargs.get("attention_mask") is None:
+        packed = not torch.compiler.is_compiling() and bool((positions[..., 1:] <= positions[..., :-1]).any())
+    if packed:
+        raise ValueError(
+            f"{where}: soft tokens have no place in packed rows, whose positions start again; turn packing and "
+            f"padding_free off"
+        )
+
+
 def n_positions(module: nn.Module) -> int | None:
     """The length of the backbone's learned position table, where it has one."""
     sizes = [
         m.num_embeddings - int(m.padding_idx + 1 if m.padding_idx is not None else getattr(m, "offset", 0))
+        for m in _position_tables(module)
+    ]
+    return min(sizes) if sizes else None
+
+
+def _position_tables(module: nn.Module) -> list[nn.Embedding]:
+    return [
+        m
         for n, m in module.named_modules()
         if isinstance(m, nn.Embedding)
         and any(w in n.rpartition(".")[2] for w in ("position", "wpe"))
         and "relative" not in n
     ]
-    return min(sizes) if sizes else None
+
+
+Shifts = tuple[
+    list[tuple[Switch, int]], bool
+]  # by how much, under which switch; whether the attention adds them itself
+
+
+def shifts_of(
+    modules: Mapping[str, nn.Module], table: Iterable[Site], leaves: Mapping[str, list[Delta]]
+) -> dict[str, Shifts]:
+    """Backbone -> by how much the deltas with `shift`, by adapter, move its real tokens.
+
+    Where positions are a bias between tokens (T5), the deltas themselves learn which layer holds its table.
+    """
+    sites = tuple(table)
+    moved: dict[str, dict[tuple[str, str], tuple[Switch, int]]] = {}
+    tables: dict[str, nn.Module] = {}
+    for site in sites:
+        if (
+            site.kind == "attention"
+            and site.role == "attn"
+            and "relative_attention_bias" in modules[site.module]._modules
+        ):
+            tables.setdefault(site.stack, modules[site.module])
+    for adapter, deltas in leaves.items():
+        for d in deltas:
+            if getattr(d, "shift", False) and d.site.role == "attn":
+                moved.setdefault(d.site.stack, {})[adapter, d.path] = d.switch, int(d.n)  # type: ignore[arg-type]
+                d.__dict__["table"] = tables.get(d.site.stack)
+    found: dict[str, Shifts] = {}
+    for site in sites:
+        if site.kind != "input" or site.stack not in moved:
+            continue
+        name, module = site.module, modules[site.module]
+        if site.stack not in tables and "position_ids" not in inspect.signature(own_class(module).forward).parameters:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{name or 'the model'}: shift moves the tokens' positions, and {own_class(module).__name__} takes none; "
+                f"use shift=False"
+            )
+        found[name] = list(moved[site.stack].values()), site.stack in tables
+    return found
+
+
+def _default_positions(self: nn.Module, kwargs: Mapping[str, Any], length: int, past: int) -> Tensor:
+    """(1 or B, T): where the backbone's own forward would put the tokens; some count the real tokens of a row alone."""
+    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    embeddings = getattr(self, "embeddings", None)
+    if hasattr(embeddings, "create_position_ids_from_input_ids"):  # RoBERTa
+        pad = int(embeddings.padding_idx)  # type: ignore[union-attr]
+        if isinstance(ids, Tensor):
+            real = ids.ne(pad).long()
+            return (torch.cumsum(real, 1) + past) * real + pad
+        past += pad + 1
+    elif isinstance(mask, Tensor) and any(hasattr(m, "offset") for m in _position_tables(self)):  # OPT
+        return ((torch.cumsum(mask, 1) * mask).long() - 1)[:, -length:]
+    device = ids.device if ids is not None else kwargs["inputs_embeds"].device
+    return (torch.arange(length, device=device) + past)[None]
 
 
 @layer("input")
@@ -67,58 +148,94 @@ def input_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any
         states, cross = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
         if states is not None and cross is not None and cross.ndim == 2 and states.shape[1] > cross.shape[1]:
             kwargs["encoder_attention_mask"] = extend(cross, states.shape[1] - cross.shape[1], cls.__name__)
-        if not live:
+        shifts, is_relative = self.__dict__.get("_deltatune_shift", ((), False))
+        moved = sum(n for switch, n in shifts if switch.on)
+        if moved and is_relative:
+            if getattr(kwargs.get("past_key_values"), "is_compileable", False):
+                raise ValueError(f"{cls.__name__}: shift with relative positions does not run with a static cache")
+            moved = 0  # the attention itself adds them
+        if not live and not moved:
             return forward(self, **kwargs)
-        return _lengthened(self, forward, live, kwargs, cls.__name__)
+        return _lengthened(self, forward, live, moved, kwargs, cls.__name__)
 
     return input_forward
 
 
 def _lengthened(
-    self: nn.Module, forward: Callable[..., Any], live: list[Delta], kwargs: dict[str, Any], where: str
+    self: nn.Module, forward: Callable[..., Any], live: list[Delta], moved: int, kwargs: dict[str, Any], where: str
 ) -> Any:
     past = kwargs.get("past_key_values")
-    prefill = past is None or int(past.get_seq_length()) == 0
-    embedded = kwargs.get("inputs_embeds")
-    if embedded is None:
-        if kwargs.get("input_ids") is None:
-            raise ValueError(f"{where}: soft tokens need input_ids or inputs_embeds")
-        embedded = self.get_input_embeddings()(kwargs["input_ids"])  # type: ignore[operator]
-    front = soft_tokens(live, embedded)
-    n = front.shape[1]
-    if prefill:
-        limit = self.__dict__.get("_deltatune_positions")
-        if limit is not None and n + embedded.shape[1] > limit:
-            raise ValueError(
-                f"{where}: {n} soft tokens and {embedded.shape[1]} tokens exceed the {limit} positions of the backbone; "
-                f"truncate the input to {limit - n}"
-            )
-        embedded = torch.cat([front, embedded], 1)
-        kwargs["input_ids"], kwargs["inputs_embeds"] = None, embedded
-        if kwargs.get("token_type_ids") is not None:
-            types = kwargs["token_type_ids"]
-            kwargs["token_type_ids"] = torch.cat([types.new_zeros(types.shape[0], n), types], 1)
-    if kwargs.get("attention_mask") is not None:
-        kwargs["attention_mask"] = extend(kwargs["attention_mask"], n, where)
-    if kwargs.get("position_ids") is not None:
-        kwargs["position_ids"] = shift(kwargs["position_ids"], n, prefill, where)
-    if kwargs.get("cache_position") is not None:
-        at = kwargs["cache_position"]
-        kwargs["cache_position"] = torch.cat([at.new_tensor(range(n)), at + n]) if prefill else at + n
+    n_past = 0 if past is None else int(past.get_seq_length())
+    prefill = n_past == 0
+    embedded, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids")
+    if embedded is None and ids is None:
+        raise ValueError(f"{where}: soft tokens need input_ids or inputs_embeds")
+    own: Tensor = ids if embedded is None else embedded  # type: ignore[assignment]
+    length, n = own.shape[1], 0
+    if live:
+        if prefill:
+            refuse_packed(kwargs, where)
+        if embedded is None:
+            own = self.get_input_embeddings()(ids)  # type: ignore[operator]
+        front = soft_tokens(live, own)
+        n = front.shape[1]
+    limit = self.__dict__.get("_deltatune_positions")
+    if prefill and limit is not None and moved + n + length > limit:
+        what = f"{n} soft tokens" if not moved else f"{moved + n} learned positions"
+        raise ValueError(
+            f"{where}: {what} and {length} tokens exceed the {limit} positions of the backbone; "
+            f"truncate the input to {limit - moved - n}"
+        )
+    if live:
+        if prefill:
+            kwargs["input_ids"], kwargs["inputs_embeds"] = None, torch.cat([front, own], 1)
+            if kwargs.get("token_type_ids") is not None:
+                types = kwargs["token_type_ids"]
+                kwargs["token_type_ids"] = torch.cat([types.new_zeros(types.shape[0], n), types], 1)
+        if kwargs.get("attention_mask") is not None:
+            kwargs["attention_mask"] = extend(kwargs["attention_mask"], n, where)
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = shift(kwargs["position_ids"], n, prefill, where)
+        if kwargs.get("cache_position") is not None:
+            at = kwargs["cache_position"]
+            kwargs["cache_position"] = torch.cat([at.new_tensor(range(n)), at + n]) if prefill else at + n
+    if moved:
+        at = kwargs.get("position_ids")
+        if at is None:
+            at = _default_positions(self, kwargs, length + (n if prefill else 0), n_past)
+        kwargs["position_ids"] = at + moved
     out = forward(self, **kwargs)
-    return _shortened(out, n, embedded.shape[1]) if prefill and live[0].site.stack != "encoder" else out
+    if not (live and prefill) or live[0].site.stack == "encoder":
+        return out
+    pooled = {bool(getattr(part, "pooled", False)) for d in live for part in parts_of(d) if part.has_tokens}
+    if len(pooled) > 1:
+        raise ValueError(f"{where}: prompts that are pooled and prompts that are not cannot run together")
+    return out if pooled == {True} else _shortened(self, out, n, n + length)
 
 
-def _shortened(out: Any, n: int, length: int) -> Any:
+def _shortened(self: nn.Module, out: Any, n: int, length: int) -> Any:
+    """The output without the soft tokens' states; a pooler inside the backbone reads the first state that is left."""
+
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == length:
             # torch's matmul folds a strided input or not by what requires a gradient, and rounds differently
             return value[:, n:].contiguous()
         return tuple(cut(v) for v in value) if isinstance(value, tuple) else value
 
+    def pooled(states: Tensor) -> Tensor:
+        if isinstance(pooler, nn.Linear):  # ALBERT's reads one state
+            return self.pooler_activation(pooler(states[:, 0]))  # type: ignore[operator, no-any-return]
+        return pooler(states)  # type: ignore[misc, no-any-return]
+
+    pooler = self._modules.get("pooler")
     if isinstance(out, tuple):
-        return (cut(out[0]), *out[1:])
+        states, *rest = cut(out[0]), *out[1:]
+        if pooler is not None and rest and isinstance(rest[0], Tensor) and rest[0].ndim == 2:
+            rest[0] = pooled(states)
+        return (states, *rest)
     for key in _LENGTHENED:
         if out.get(key) is not None:
             out[key] = cut(out[key])
+    if pooler is not None and out.get("pooler_output") is not None:
+        out["pooler_output"] = pooled(out["last_hidden_state"])
     return out

@@ -42,6 +42,7 @@ class Copy(Own, name="copy"):
     """W' = V, b' = c: a layer trained as a copy of its own; what trains a task head beside every other method."""
 
     where = "head"
+    helper = True
 
 
 class Head(Own, name="head"):

@@ -23,6 +23,9 @@ class PromptTuning(Method, name="prompt_tuning"):
     lr = (1e-3, 0.3)
     exceptions = {"identity": "soft tokens take a share of the attention from the start"}
     n: int = 20  # how many soft tokens
+    pooled: bool = (
+        False  # their states stay in the backbone's output, where a head that pools the first state reads one
+    )
     side: Literal["encoder", "decoder"] = "encoder"  # of an encoder-decoder, which input gets them
     prompt: Tensor = param("n d_in", vocabulary)
 

@@ -1,5 +1,7 @@
 """Rescaled activations."""
 
+from typing import Literal
+
 from torch import Tensor
 
 from ..core.inits import ones
@@ -13,10 +15,13 @@ class IA3(Method, name="ia3"):
     category = "additive"
     where = "k,v,mlp.down"
     lr = (3e-3, 5e-2)
+    side: Literal["auto", "input", "output"] = (
+        "auto"  # what is scaled; auto: inputs of an MLP's last matrix, else outputs
+    )
     scale: Tensor = param("n", ones)
 
     def dims(self, base):
-        self.on_input = self.site.role == "mlp.down"
+        self.on_input = self.side == "input" or self.side == "auto" and self.site.role == "mlp.down"
         return {"n": self.site.d_in if self.on_input else self.site.d_out}
 
     def fold(self, weight, bias):

@@ -1,6 +1,7 @@
 """transformers' Trainer for adapters: their parameter groups and schedules, and checkpoints that hold them alone."""
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ..core.adapter import Adapter, adapters
 from ..core.schedule import Schedules
 
 SCHEDULES = "schedules.pt"
+CALIBRATION_ROWS = 1024  # what a method that looks at data before training is shown, at most
 
 
 def trained(model: nn.Module) -> list[Adapter]:
@@ -66,7 +68,9 @@ class ScheduleCallback(TrainerCallback):
         self.checked = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.schedules.begin(kwargs["optimizer"], state.max_steps)
+        if args.fp16 and any(s.has_penalty for s in self.schedules.each.values()):
+            raise ValueError("fp16 scales the loss, and a method's penalty would not be scaled with it; train in bf16")
+        self.schedules.begin(kwargs["optimizer"], state.max_steps, args.gradient_accumulation_steps)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.checked:
@@ -80,9 +84,15 @@ class ScheduleCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.schedules.end()
 
+    def restore(self, folder: str) -> None:
+        """The schedules' state from a checkpoint; any Trainer that resumes calls it, see `hf.install_trainer`."""
+        self.schedules.load_state_dict(torch.load(os.path.join(folder, SCHEDULES), weights_only=True))
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-        torch.save(self.schedules.state_dict(), os.path.join(folder, SCHEDULES))
+        states = self.schedules.state_dict()  # on every rank, since it may gather
+        if args.should_save:
+            torch.save(states, os.path.join(folder, SCHEDULES))
 
 
 class AdapterTrainer(Trainer):
@@ -95,21 +105,25 @@ class AdapterTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
+            self.events.schedules.calibrate(self._calibration, lambda m, batch: m(**batch).loss)
             cls, options = self.get_optimizer_cls_and_kwargs(self.args)
             groups = self.events.schedules.groups(self.args.learning_rate, self.args.weight_decay, self.head_lr)
             self.optimizer = cls(groups, **options)
         return self.optimizer
 
+    def _calibration(self) -> Iterator[Any]:
+        """Batches of the training rows in an order of their own: the training's is not touched."""
+        shuffled = torch.randperm(len(self.train_dataset), generator=torch.Generator().manual_seed(self.args.seed))  # type: ignore[arg-type]
+        rows = torch.utils.data.Subset(self.train_dataset, shuffled[:CALIBRATION_ROWS].tolist())  # type: ignore[arg-type]
+        for batch in torch.utils.data.DataLoader(rows, self.args.train_batch_size, collate_fn=self.data_collator):
+            yield self._prepare_inputs(batch)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = output_dir or self.args.output_dir
         assert folder is not None
-        for adapter in self.events.found:
-            adapter.save(folder if len(self.events.found) == 1 else os.path.join(folder, adapter.name))
+        every = adapters(self.events.model)  # also those that are not trained: who resumes asks for all
+        for name, adapter in every.items():
+            adapter.save(folder if len(every) == 1 else os.path.join(folder, name))
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, os.path.join(folder, "training_args.bin"))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # the adapters: see hf.install_trainer
-        schedules = os.path.join(resume_from_checkpoint, SCHEDULES)
-        self.events.schedules.load_state_dict(torch.load(schedules, weights_only=True))

@@ -3,17 +3,21 @@
 `DELTATUNE_CONTRACT_SEED=n` draws as another day did; the full product of kinds and dtypes is marked `slow`.
 """
 
+import dataclasses
 import datetime
 import os
+from typing import Any
 
 import pytest
 
 from deltatune import contract
 from deltatune.contract.pair import two_processes
-from deltatune.core.method import METHODS, Method
+from deltatune.core.compose import PRESETS, Preset
+from deltatune.core.method import METHODS, Method, named
 
 SEED = int(os.environ.get("DELTATUNE_CONTRACT_SEED", datetime.date.today().toordinal()))
-OURS = {name: method for name, method in METHODS.items() if method.__module__.startswith("deltatune.")}
+OURS: dict[str, type[Method] | Preset] = {n: m for n, m in METHODS.items() if m.__module__.startswith("deltatune.")}
+OURS |= PRESETS
 CASES = [(name, check.name) for name, method in OURS.items() for check in contract.checks_of(method)]
 NEEDED = ["copies", "rows", "save_load", "trains"]  # an exemption from these is no exception but a defect
 
@@ -30,20 +34,20 @@ def settle(results: list[contract.Result], name: str) -> None:
 
 @pytest.mark.parametrize(("name", "check"), CASES, ids=["-".join(case) for case in CASES])
 def test_contract(name: str, check: str) -> None:
-    settle(contract.run_check(METHODS[name], check, seed=SEED), name)
+    settle(contract.run_check(named(name), check, seed=SEED), name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "check"), CASES, ids=["-".join(case) for case in CASES])
 def test_full_product(name: str, check: str) -> None:
-    settle(contract.run_check(METHODS[name], check, seed=SEED, full=True), name)
+    settle(contract.run_check(named(name), check, seed=SEED, full=True), name)
 
 
-def jobs(full: bool) -> list[tuple[str, type[Method], str, str]]:
+def jobs(full: bool) -> list[tuple[str, type[Method] | Preset, str, str]]:
     """What the pair of processes runs: every method under DDP and FSDP2."""
     found = []
     for name, method in OURS.items():
-        beds = [bed.name for bed in contract.BEDS.values() if bed.suits(method) and not bed.later]
+        beds = [bed.name for bed in contract.beds_of(method) if not bed.later]
         beds = beds if full else [beds[(SEED + len(name)) % len(beds)]]
         found += [
             (how, method, bed, "float32") for how in contract.PAIR if how not in method.exceptions for bed in beds
@@ -73,9 +77,12 @@ def test_two_processes_everywhere() -> None:
 @pytest.mark.parametrize("name", OURS)
 def test_exceptions_are_real(name: str) -> None:
     """An exception names a check that the method fails somewhere, and says why; a stale one has to go."""
-    method = METHODS[name]
-    bare = type("Bare", (method,), {"exceptions": {}})
-    bare.name = name
+    method = named(name)
+    if isinstance(method, Preset):
+        bare: Any = dataclasses.replace(method, exceptions={})
+    else:
+        bare = type("Bare", (method,), {"exceptions": {}})
+        bare.name = name
     for check, reason in method.exceptions.items():
         assert check in contract.CHECKS
         assert check not in NEEDED
@@ -86,5 +93,5 @@ def test_exceptions_are_real(name: str) -> None:
 
 def test_a_method_has_its_share() -> None:
     """Every method is tried on every bed that suits it, and every bed suits some method."""
-    idle = {bed.name for bed in contract.BEDS.values() if not any(bed.suits(method) for method in OURS.values())}
+    idle = {bed.name for bed in contract.BEDS.values() if not any(bed.suits(method) for method in METHODS.values())}
     assert idle <= {"span", "block", "quantised"}, f"no method is tried on {sorted(idle)}"

@@ -92,7 +92,7 @@ LOADING: list[tuple[Any, str]] = [
     (files, "check_keys"),
     (verbs, "integrate"),
     (dt.Adapter, "state_dict"),
-    (dt.Adapter, "_owned"),
+    (dt.Adapter, "owned"),
 ]
 
 

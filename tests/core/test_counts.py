@@ -21,6 +21,21 @@ ROBERTA: list[tuple[str, dict[str, Any], int, str, dict[str, Any], int | None]] 
     ("ia3", {}, 55_296, "IA3Config", {}, 64_512 + HEAD),
     ("bitfit", {}, 102_144, "", {}, None),
     ("sequential", {}, 2_379_264, "", {}, None),
+    ("residual", {"r": 64}, 1_208_064, "", {}, None),
+    ("pfeiffer", {"r": 48}, 894_528, "", {}, None),
+    ("parallel", {"r": 64}, 1_189_632, "", {}, None),
+    ("mam", {"n": 30, "r": 384}, 7_644_672, "", {}, None),
+    ("dora", {"r": 8}, 313_344, "LoraConfig", {"r": 8, "use_dora": True}, 313_344 + HEAD),
+    (
+        "adalora",
+        {"r": 12},
+        1_991_520,
+        "AdaLoraConfig",
+        {"init_r": 12, "total_step": 100, "target_modules": "all-linear"},
+        1_991_520 + 72 + HEAD,
+    ),
+    ("propelt", {"r": 64}, 1_278_784, "", {}, None),
+    ("propelt_lora", {"r": 32}, 1_277_952, "", {}, None),
     ("head", {}, 0, "", {}, None),
     ("full", {}, 124_055_040, "", {}, None),
 ]
@@ -57,6 +72,15 @@ def test_roberta_base(method: str, hyper: dict[str, Any], n: int) -> None:
     assert trained(model) == n + HEAD
     assert written(n)
     assert written(HEAD)
+
+
+def test_a_mask_counts_what_can_move() -> None:
+    """All 85,054,464 entries of the blocks have a gradient, 30 % of them move."""
+    model = roberta()
+    adapter = dt.attach(model, "child_tuning_d", p=0.3)
+    assert (adapter.params(), adapter.n_head) == (25_516_339, HEAD)
+    assert trained(model) == 85_054_464 + HEAD
+    assert written(25_516_339)
 
 
 def test_without_the_head() -> None:

@@ -827,7 +827,7 @@ ERRORS: list[tuple[str, Any, dict[str, Any], str]] = [
     ("bert", "mlp.gate", {}, r"no 'mlp\.gate'; it has .*mlp\.up"),
     ("mixtral", "mlp.up", {}, r"no 'mlp\.up'; it has .*mlp\.gate_up"),
     ("llama", "norm", {"kinds": {"linear"}}, "where='norm' names sites of kind norm, supported here: linear"),
-    ("llama", "attn.q,attn", {"kinds": {"linear", "conv2d"}}, "where='attn' .*attention, span, .*: conv2d, linear"),
+    ("llama", "attn.q,block", {"kinds": {"linear", "conv2d"}}, "where='block' .*block, .*: conv2d, linear"),
     ("llama", ["q_proj", "norm"], {"kinds": {"linear"}}, "where='norm' names sites of kind norm"),
     ("llama", ".*norm", {"kinds": {"linear"}}, "kind norm, supported here: linear"),
     ("mixtral", "router", {"kinds": {"linear", "experts"}}, "kind router, supported here"),

@@ -1,0 +1,46 @@
+"""Trees with a name: methods that a paper made of others, and well-known settings of one."""
+
+from ..core.compose import Sum, Tree, preset
+from .bottleneck import Parallel, Sequential
+from .prefix import PrefixTuning
+
+
+@preset(
+    "mam",
+    paper="2110.04366",
+    category="hybrid",
+    lr=(1e-4, 5e-3),
+    exceptions={"identity": "a prefix takes a share of the attention from the start"},
+)
+def mam(
+    n: int = 16,  # length of the prefix
+    r: int = 16,  # width of the parallel adapters
+    scale: float = 2.0,  # s
+    mid: int = 0,  # width of the network that makes the prefix while training; 0: the prefix itself is trained
+) -> Tree:
+    """A prefix of n keys and values in every attention, and s A(x) of width r beside every MLP."""
+    return Sum(PrefixTuning(n=n, mid=mid), Parallel(r=r, scale=scale))
+
+
+@preset(
+    "pfeiffer",
+    paper="2005.00247",
+    category="additive",
+    lr=(3e-4, 5e-3),
+    exceptions={"identity": "the paper starts near the identity, not at it"},
+)
+def pfeiffer(
+    r: int = 48,  # bottleneck width
+) -> Tree:
+    """One sequential adapter a block: N(z + A(N(z))) where a norm N ends the block, else y + A(y) behind it."""
+    return Sequential(r=r, where="post_norm|block")
+
+
+@preset("adaptformer", paper="2205.13535", category="additive", lr=(1e-3, 3e-2))
+def adaptformer(
+    r: int = 64,  # bottleneck width
+    scale: float = 0.1,  # s
+    dropout: float = 0.1,  # share of the bottleneck's units that is dropped while training
+) -> Tree:
+    """y' = y + s U relu(D x + c), x the residual stream beside the MLP and its norm; U = 0 at the start."""
+    return Parallel(r=r, scale=scale, dropout=dropout, where="mlp+norm|mlp")
