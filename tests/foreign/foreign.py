@@ -91,11 +91,11 @@ def cells(module: str) -> Any:
     return pytest.mark.parametrize(("name", "column"), params)
 
 
-def check_cell(name: str, column: str, tmp_path: Path) -> None:
+def check_cell(name: str, column: str, tmp_path: Path, device: str = "cpu") -> None:
     """One cell: run the row on that method and compare with the outcome that the table promises."""
     r = ROWS[name]
     outcome = r.outcome(column)
-    case = Case(column, tmp_path)
+    case = Case(column, tmp_path, device)
     if isinstance(outcome, Refused):
         with pytest.raises(outcome.error, match=re.escape(outcome.message)):
             r.check(case)
@@ -111,6 +111,7 @@ class Case:
 
     column: str
     tmp: Path
+    device: str = "cpu"
     after: list[Callable[[], None]] = field(default_factory=list)  # what a refusal must leave true
 
     def attach(self, model: nn.Module, seed: int = 1) -> dt.Adapter:

@@ -388,6 +388,14 @@ def resume_another(case: Case) -> None:
     trainer(case, model, eval_strategy="no").train(resume_from_checkpoint=str(case.tmp / "run" / "checkpoint-1"))
 
 
+@row(TRAINER, "`bf16=True`, then `detach`: the base again, though autocast keeps the bound `forward` that it found")
+def trainer_autocast(case: Case) -> None:
+    model = case.attached()
+    trainer(case, model, eval_strategy="no", save_strategy="no", max_steps=1, bf16=True).train()
+    dt.adapters(model)["default"].detach()
+    assert close(outputs(model.eval()).float(), outputs(base()), 2e-2)
+
+
 @row(TRAINER, "`gradient_checkpointing=True`, reentrant: as without it")
 def trainer_checkpointing(case: Case) -> None:
     results = []
