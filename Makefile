@@ -31,10 +31,11 @@ check: .venv/.dev
 bench: .venv/.dev
 	$(BIN)/python benchmarks/run.py
 
-# The table of methods in README.md, and docs/methods.md, from the registry.
+# The table of methods in README.md, docs/methods.md, and the pages on other libraries, from the code and its tests.
 docs: .venv/.dev
 	$(BIN)/python docs/make.py
 	$(BIN)/python docs/make_foreign.py
+	$(BIN)/python docs/make_peft.py
 
 # torch first and by exact version: a range may bring gigabytes of CUDA to a machine without a GPU.
 .venv/.torch: constraints.txt

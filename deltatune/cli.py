@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from . import methods as _methods  # noqa: F401  fills the registry
-from .core.compose import Tree, tree_from_dict
+from .core.compose import PRESETS, Tree, placed, tree_from_dict, where_of
 from .core.errors import unknown
-from .core.method import METHODS, Method
+from .core.method import METHODS, Method, layer_numbers, named
 from .version import VERSION
 
 CONSOLE = Console()
@@ -87,24 +86,26 @@ def _method_args(parser: ArgumentParser, args: list[str], default: str) -> list[
         parser.add_argument("--method", type=dict)
         return out
     name = name or given.get("name") or default
-    if name not in METHODS:
-        raise unknown("method", name, METHODS)
-    known = {f.name: f for f in fields(METHODS[name].Config)}
+    card = named(name)
+    known = {key: (kind, default) for key, kind, default in card.hyper()}
     for arg in out:
         if arg.startswith("--method."):
             key = arg[len("--method.") :].partition("=")[0]
             if key not in known and key not in PLACE:
                 raise unknown(f"hyperparameter of {name}", key, [*known, *PLACE])
-    comments = {n: c for n, _, _, c in METHODS[name].hyperparameters()}
+    comments = {n: c for n, _, _, c in card.hyperparameters()}
     parser.add_argument("--method.name", type=str, default=name, help="registered method; deltatune methods lists them")
     parser.add_argument(
-        "--method.where", type=str | list[str] | None, default=None, help=f"its place (default: {METHODS[name].where})"
+        "--method.where",
+        type=str | list[str] | dict[str, Any] | None,
+        default=None,
+        help=f"its place (default: {card.where})",
     )  # type: ignore[arg-type]
     parser.add_argument(
         "--method.layers", type=int | list[int] | None, default=None, help="layer numbers; all by default"
     )  # type: ignore[arg-type]
-    for key, f in known.items():
-        parser.add_argument(f"--method.{key}", type=f.type, default=f.default, help=comments.get(key, ""))
+    for key, (kind, default) in known.items():
+        parser.add_argument(f"--method.{key}", type=kind, default=default, help=comments.get(key, ""))
     return out
 
 
@@ -133,8 +134,8 @@ def _tree(method: Any) -> Tree:
     if "op" in data:
         return tree_from_dict(data, METHODS)
     name, where, layers = (data.pop(k, None) for k in PLACE)
-    tree: Tree = METHODS[name](where=where, layers=layers, **data)  # type: ignore[assignment]
-    return tree
+    where = where.as_dict() if isinstance(where, Namespace) else where
+    return placed(named(name)(**data), where_of(where), layer_numbers(layers))  # type: ignore[arg-type]
 
 
 def _plain(config: Namespace, drop: Sequence[str] = ("config",)) -> dict[str, Any]:
@@ -174,12 +175,13 @@ def methods(args: list[str]) -> int:
             "where": m.where,
             "count": m.count(),
             "mergeable": m.mergeable(),
-            "equation": (m.__doc__ or "").splitlines()[0],
+            "equation": m.about(),
             "hyperparameters": [
                 {"name": n, "type": t, "default": d, "comment": c} for n, t, d, c in m.hyperparameters()
             ],
         }
-        for name, m in METHODS.items()
+        for name in (*METHODS, *PRESETS)
+        for m in (named(name),)
     ]  # fmt: skip
     if config.json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
@@ -283,7 +285,7 @@ def train(args: list[str]) -> int:
 
     from .assess.cells import write_atomic
     from .assess.matrix import claim
-    from .assess.run import learning_rates
+    from .assess.run import learning_rates, range_of
     from .core.attach import attach
     from .train.backbone import load_classifier
     from .train.data import Collate, encode, predict
@@ -298,7 +300,9 @@ def train(args: list[str]) -> int:
     model, tokenizer = load_classifier(config.model, task.labels)
     model.to(device)
     adapter = attach(model, tree)
-    lr = config.lr if config.lr is not None else learning_rates(tree, 1)[0]
+    preset = PRESETS.get(getattr(config.method, "name", ""))
+    rates = preset.lr if preset is not None else range_of(tree)
+    lr = config.lr if config.lr is not None else learning_rates(*rates, 1)[0]
     n_all = sum(p.numel() for p in model.parameters())
     CONSOLE.print(
         f"{adapter.params():,} parameters trained and {adapter.n_head:,} in the head, of {n_all:,}; learning rate {lr:g}; {device}",
@@ -364,9 +368,10 @@ def train(args: list[str]) -> int:
 def compare(args: list[str]) -> int:
     """Measure methods beside each other on one backbone and one task, and write a report."""
     from .assess.live import Live
-    from .assess.matrix import BUDGETS, QUICK, budget_of, candidates, claim, default_methods, run_matrix
+    from .assess.matrix import ALL, BUDGETS, DEMO, QUICK, all_methods, budget_of, candidates, claim, run_matrix
     from .assess.report import report, table
     from .assess.run import Bench
+    from .train.backbone import load_shapes
 
     parser = _parser("compare", compare)
     parser.add_argument("--config", action="config", help="a YAML file with these options")
@@ -375,7 +380,10 @@ def compare(args: list[str]) -> int:
     )
     _task_args(parser, "stdlib_docs")
     parser.add_argument(
-        "--methods", type=list[str] | str | None, default=None, help="names with commas between; all by default"
+        "--methods",
+        type=list[str] | str | None,
+        default=None,
+        help=f"names with commas between, or {ALL}; by default {', '.join(DEMO)}",
     )  # type: ignore[arg-type]
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds")
     parser.add_argument("--budget", type=str, default="demo-v1", help=f"one of {', '.join(BUDGETS)}")
@@ -392,7 +400,10 @@ def compare(args: list[str]) -> int:
     if config.seeds < 1:
         raise ValueError(f"--seeds is {config.seeds}; it must be at least 1")
     names = config.methods.split(",") if isinstance(config.methods, str) else config.methods
-    entries = candidates([n.strip() for n in names] if names else list(QUICK) if config.quick else default_methods())
+    left_out: list[str] = []
+    if names == [ALL]:
+        names, left_out = all_methods(load_shapes(config.model))
+    entries = candidates([n.strip() for n in names] if names else QUICK if config.quick else DEMO)
     out = "results/quick" if config.quick and config.out == "results/demo" else config.out
     size = BUDGETS[budget]
     begun = time.perf_counter()
@@ -405,7 +416,7 @@ def compare(args: list[str]) -> int:
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     plain = {"verb": "compare", **_plain(config, ("config", "quick", "retry", "device", "out")), "budget": budget}
     claim(out, {**plain, "methods": [e.name for e in entries]}, may_grow=("methods", "seeds"))
-    for note in (str(task), *task.notes):
+    for note in (str(task), *task.notes, *left_out):
         CONSOLE.print(note, highlight=False)
     bench = Bench(config.model, task, budget_of(budget, size, task), size.max_length, size.head_lr, device)
     seeds = range(config.seeds)
@@ -441,7 +452,7 @@ def _merged(verb: str, function: Callable[..., Any], args: list[str], formats: t
     parser = _parser(verb, function)
     parser.add_argument("adapter", type=str, help="an adapter's folder, or a run's")
     parser.add_argument("--model", type=str | None, default=None, help="its base; by default the run's own")  # type: ignore[arg-type]
-    parser.add_argument("--out", type=str, required=True, help="where the merged model goes")
+    parser.add_argument("--out", type=str, required=True, help="where the result goes")
     if formats:
         parser.add_argument("--format", type=str, default=formats[0], help=f"one of {', '.join(formats)}")
     config = _parse(parser, args)
@@ -461,6 +472,10 @@ def _merged(verb: str, function: Callable[..., Any], args: list[str], formats: t
     model, tokenizer = load_any(model_name, labels)
     adapter = load(model, folder)
     n = adapter.params() + adapter.n_head
+    if formats and config.format == "peft":
+        adapter.save(config.out, format="peft")
+        CONSOLE.print(f"{config.out}: {n:,} parameters in HF PEFT's format, for {model_name}", highlight=False)
+        return 0
     adapter.merge()
     adapter.detach()
     model.save_pretrained(config.out)
@@ -476,8 +491,8 @@ def merge(args: list[str]) -> int:
 
 
 def export(args: list[str]) -> int:
-    """Write what a serving stack reads: --format merged, a plain transformers model."""
-    return _merged("export", export, args, ("merged",))
+    """Write what a serving stack reads: --format merged, a plain transformers model, or peft, HF PEFT's adapter."""
+    return _merged("export", export, args, ("merged", "peft"))
 
 
 def check(args: list[str]) -> int:

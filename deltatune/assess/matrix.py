@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
-from ..core.compose import Tree
-from ..core.errors import unknown
-from ..core.method import METHODS
+from ..core.attach import attach
+from ..core.compose import PRESETS, Tree
+from ..core.method import METHODS, named
 from ..tasks import Task
 from .cells import Budget, Cell, path_of, write_atomic
 from .run import Bench, Candidate
@@ -42,22 +43,32 @@ BUDGETS = {
     "full-v1": Size(n_steps=2000, batch=32, lr_trials=3, head_lr=None, n_train=None, n_validation=1000, max_length=256),
 }
 QUICK = ("head", "lora", "bitfit", "ia3")
+DEMO = ("full", "head", "sequential", "prefix_tuning", "prompt_tuning", "ia3", "bitfit", "lora", "dora", "mam")
+ALL = "all"
 
 
-def default_methods() -> list[str]:
-    """Every registered method, the baselines first; `copy` is what `head` is made of, and no candidate."""
-    names = [n for n in METHODS if n != "copy"]
-    return sorted(names, key=lambda n: (METHODS[n].category != "baseline", n))
+def all_methods(shapes: nn.Module) -> tuple[list[str], list[str]]:
+    """Every method and preset that this backbone (on the meta device) can take, baselines first; and why not the others."""
+    fit, not_here = [], []
+    for name in sorted((*METHODS, *PRESETS), key=lambda n: (named(n).category != "baseline", n)):
+        if getattr(named(name), "helper", False):
+            continue
+        try:
+            if named(name).category != "baseline":
+                attach(shapes, name, head=None).detach()
+            fit.append(name)
+        except ValueError as error:
+            not_here.append(f"{name} is left out: {error}")
+    return fit, not_here
 
 
 def candidates(names: Sequence[str]) -> list[Candidate]:
-    """Registered methods with their defaults. Raises ValueError with the nearest name."""
+    """Registered methods and presets with their defaults. Raises ValueError with the nearest name."""
     found = []
     for name in dict.fromkeys(names):
-        if name not in METHODS:
-            raise unknown("method", name, METHODS)
-        tree: Tree = METHODS[name]()  # type: ignore[assignment]
-        found.append(Candidate(name, tree))
+        card = named(name)
+        tree: Tree = card()  # type: ignore[assignment]
+        found.append(Candidate(name, tree, card.category, card.paper, card.lr))
     return found
 
 

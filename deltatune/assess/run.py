@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..core.attach import attach
-from ..core.compose import Leaf, Tree
+from ..core.compose import Leaf, Per, Tree
 from ..tasks import Task
 from ..tasks.metrics import LOWER_IS_BETTER
 from ..train.backbone import load_classifier
@@ -30,6 +30,9 @@ class Candidate:
 
     name: str
     tree: Tree
+    category: str
+    paper: str
+    lr: tuple[float, float]  # range of learning rates
 
     @property
     def label(self) -> str:
@@ -40,20 +43,22 @@ class Candidate:
 def _label(tree: Tree) -> str:
     if not isinstance(tree, Leaf):
         return f"{type(tree).__name__}({', '.join(_label(c) for c in tree.children)})"
-    sizes = (
-        {k: v for k, v in vars(tree.config).items() if k in ("r", "n")} if not isinstance(tree.config, Mapping) else {}
-    )
+    sizes = {k: v for k, v in vars(tree.config).items() if k in ("r", "n")}
     where = tree.method.where if tree.where is None else tree.where
-    place = f" on {where if isinstance(where, str) else ', '.join(where)}"
+    names = [place for place, _ in where.each] if isinstance(where, Per) else where
+    place = f" on {names if isinstance(names, str) else ', '.join(names)}"
     return f"{tree.method.name}{''.join(f' {k}={v}' for k, v in sizes.items())}{'' if tree.method.category == 'baseline' else place}"
 
 
-def learning_rates(tree: Tree, n: int) -> list[float]:
+def range_of(tree: Tree) -> tuple[float, float]:
+    """The learning rates that suit all methods of a tree, or what lies between them."""
+    ranges = [leaf.method.lr for _, leaf in tree.leaves()]
+    ends = max(low for low, _ in ranges), min(high for _, high in ranges)
+    return min(ends), max(ends)
+
+
+def learning_rates(low: float, high: float, n: int) -> list[float]:
     """`n` learning rates, geometrically spread over the range that the method's paper and its users take."""
-    leaves = [leaf for _, leaf in tree.leaves()]
-    low = max(leaf.method.lr[0] for leaf in leaves)
-    high = min(leaf.method.lr[1] for leaf in leaves)
-    low, high = min(low, high), max(low, high)
     return [float(f"{low * (high / low) ** ((i + 1) / (n + 1)):.3g}") for i in range(n)]
 
 
@@ -96,14 +101,13 @@ class Bench:
     ) -> Cell:
         """Measure one cell and write it; what fails is written as failed, and the others go on."""
         key = Key(self.backbone, candidate.name, self.task.name, seed)
-        leaf = next(leaf for _, leaf in candidate.tree.leaves())
         cell = Cell(
             status="failed",
             error="not finished",
             key=key,
             label=candidate.label,
-            category=leaf.method.category if isinstance(candidate.tree, Leaf) else "hybrid",
-            paper=leaf.method.paper,
+            category=candidate.category,
+            paper=candidate.paper,
             budget=self.budget,
             config={**config, "method": candidate.tree.to_dict(), "max_length": self.max_length, "head_lr": self.head_lr},
             versions=versions(),
@@ -147,7 +151,7 @@ class Bench:
 
     def _measure(self, cell: Cell, candidate: Candidate, seed: int, path: Any, report: Report) -> Cell:
         begun = time.perf_counter()
-        rates = learning_rates(candidate.tree, self.budget.lr_trials)
+        rates = learning_rates(*candidate.lr, self.budget.lr_trials)
         trials: list[Trial] = []
         best: tuple[float, float] | None = None
         kept: tuple[Any, Fitted, int] | None = None

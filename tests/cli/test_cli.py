@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from deltatune.cli import main
+from deltatune.core.compose import PRESETS
 from deltatune.core.method import METHODS
 
 QUICK = ["--steps", "8", "--batch", "16", "--max_length", "32", "--device", "cpu"]
@@ -27,14 +28,14 @@ def train(backbone: str, reviews: Path, out: Path, *more: str) -> int:
 def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "methods", "--json")
     rows = json.loads(out)
-    assert code == 0 and [r["name"] for r in rows] == list(METHODS)
+    assert code == 0 and [r["name"] for r in rows] == [*METHODS, *PRESETS]
     for row in rows:
         assert {"name", "category", "paper", "where", "count", "mergeable", "hyperparameters"} <= row.keys()
     lora = next(r for r in rows if r["name"] == "lora")
     assert lora["mergeable"] is True and lora["count"] == "r*d_in + d_out*r"
     assert lora["hyperparameters"][0] == {"name": "r", "type": "int", "default": 8, "comment": "rank"}
     code, out, _ = run(capsys, "methods")
-    assert code == 0 and all(name in out for name in METHODS)
+    assert code == 0 and all(name in out for name in (*METHODS, *PRESETS))
 
 
 def test_sites(capsys: pytest.CaptureFixture[str], backbone: str) -> None:
@@ -58,7 +59,17 @@ def test_train_merge_export(capsys: pytest.CaptureFixture[str], backbone: str, r
     assert "2 classes" in shown and "parameters trained" in shown and "accuracy" in shown
     saved = yaml.safe_load((out / "run.yaml").read_text())
     assert (
-        saved["method"] == {"name": "lora", "where": "q,k", "layers": None, "r": 4, "alpha": 16.0}
+        saved["method"]
+        == {
+            "name": "lora",
+            "where": "q,k",
+            "layers": None,
+            "r": 4,
+            "alpha": 16.0,
+            "power": 1.0,
+            "dropout": 0.0,
+            "bias": False,
+        }
         and saved["steps"] == 8
     )
     result = json.loads((out / "result.json").read_text())
@@ -85,6 +96,12 @@ def test_train_merge_export(capsys: pytest.CaptureFixture[str], backbone: str, r
         dt.load(base, out / "adapter")
         batch = tokenizer(["the film was good", "bad book"], return_tensors="pt", padding=True)
         assert torch.allclose(model(**batch).logits, base(**batch).logits, atol=1e-5)
+    assert main(["export", str(out), "--out", str(tmp_path / "peft"), "--format", "peft"]) == 0
+    assert {p.name for p in (tmp_path / "peft").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    torch.manual_seed(5)
+    base, _ = load_classifier(backbone, ("down", "up"))
+    dt.load(base, tmp_path / "peft")
+    assert torch.allclose(model(**batch).logits, base(**batch).logits, atol=1e-5)
     code, _, err = run(capsys, "export", str(out), "--out", str(tmp_path / "merge"))
     assert code == 2 and "not an empty folder" in err
     code, _, err = run(capsys, "export", str(out), "--out", str(tmp_path / "x"), "--format", "mergd")
@@ -264,3 +281,21 @@ def test_check_from_outside(
     finally:
         METHODS.pop("outside_shift", None)
         sys.modules.pop("outside_method", None)
+
+
+def test_a_preset_and_places_of_their_own(
+    capsys: pytest.CaptureFixture[str], backbone: str, reviews: Path, tmp_path: Path
+) -> None:
+    """`--method mam` is a tree with a name; `where` in a file gives places their own hyperparameters."""
+    assert train(backbone, reviews, tmp_path / "mam", "--method", "mam", "--method.r", "4", "--method.n", "3") == 0
+    card = json.loads((tmp_path / "mam" / "adapter" / "adapter.json").read_text())
+    assert [c["method"] for c in card["tree"]["children"]] == ["prefix_tuning", "parallel"]
+    assert card["n_params"] == 2 * (2 * 3 * 32 + 2 * 4 * 32 + 4 + 32)
+    config = tmp_path / "places.yaml"
+    config.write_text(yaml.safe_dump({"method": {"name": "lora", "where": {"attn": {"r": 2}, "mlp": {"r": 8}}}}))
+    assert train(backbone, reviews, tmp_path / "lora", "--config", str(config)) == 0
+    card = json.loads((tmp_path / "lora" / "adapter" / "adapter.json").read_text())
+    assert card["tree"]["where"] == {"attn": {"r": 2}, "mlp": {"r": 8}}
+    assert card["n_params"] == 2 * (4 * 2 * 64 + 2 * 8 * (32 + 64))
+    code, _, err = run(capsys, "train", "--method", "mam", "--method.rr", "4", "--out", str(tmp_path / "no"))
+    assert code == 2 and "'rr'" in err and "'r'" in err
