@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..core.attach import attach
-from ..core.compose import Leaf, Per, Tree
+from ..core.compose import PRESETS, Leaf, Per, Tree
 from ..tasks import Task
 from ..tasks.metrics import LOWER_IS_BETTER
 from ..train.backbone import load_classifier
@@ -36,8 +36,9 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """The method with what differs from its defaults."""
-        return _label(self.tree)
+        """The method with its sizes and its place; a tree with a name says the name first."""
+        inside = _label(self.tree)
+        return f"{self.name}: {inside}" if self.name in PRESETS else inside
 
 
 def _label(tree: Tree) -> str:

@@ -194,10 +194,25 @@ def _group(cells: list[Cell], metric: str, folder: str | os.PathLike[str] | None
         rows.append(Row(name, tuple(done[name]), tuple(failed.get(name, ())), estimates[name], standing, gap))
     failures = tuple(cell for ours in failed.values() for cell in ours)
     key, budget = cells[0].key, cells[0].budget
-    return Group(key.backbone, key.task, budget, metric, lower, tuple(rows), failures, tuple(_warnings(cells, done)))
+    said = (*_warnings(cells, done), *_below_head(rows, answers, score, lower))
+    return Group(key.backbone, key.task, budget, metric, lower, tuple(rows), failures, said)
 
 
 Answers = dict[tuple[str, int], Predictions]
+
+
+def _below_head(rows: Sequence[Row], answers: Answers, score: stats.Score | None, lower: bool) -> Iterable[str]:
+    """Which methods do not beat features that nobody adapted, by how much, and how sure that is."""
+    at = next((i for i, row in enumerate(rows) if row.name == "head"), len(rows))
+    for row in rows[at + 1 :]:
+        head = rows[at]
+        by = abs(head.score.value - row.score.value)
+        standing, gap = _standing(list(head.done), list(row.done), answers, score, lower)
+        sure = {"worse": "beyond noise", "tied": "within noise"}.get(standing, "nobody can say how surely")
+        yield (
+            f"{row.label} does not beat the frozen features of {head.label}: it is {by:.3f} below, {sure} "
+            f"({gap.replace('behind the best', 'behind')})."
+        )
 
 
 def _estimate(name: str, cells: list[Cell], answers: Answers, score: stats.Score | None) -> Estimate:

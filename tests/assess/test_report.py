@@ -401,6 +401,18 @@ def test_lower_is_better() -> None:
     assert "comes to 1.021 ± 0.002, within 2.0 % of it, with 4.6 % of" in group.sentence
 
 
+def test_who_does_not_beat_the_head_is_named() -> None:
+    """By how much and how surely; who beats it is not, and without a head there is nothing to say."""
+    cells = [*scored("head", 0.70, 0.71, 0.70), *scored("lora", 0.80, 0.81, 0.80), *scored("bitfit", 0.60, 0.62, 0.61)]
+    (group,) = summary.groups(cells)
+    (line,) = group.warnings
+    assert "does not beat the frozen features" in line and "0.093 below, beyond noise" in line
+    assert next(row.label for row in group.rows if row.name == "bitfit") in line
+    (near,) = summary.groups([*cells[:6], *scored("bitfit", 0.69, 0.73, 0.68)])
+    assert "within noise" in " ".join(near.warnings)
+    assert summary.groups(cells[3:])[0].warnings == ()
+
+
 def test_unequal_things_are_not_mixed() -> None:
     assert len(summary.groups([made("lora"), made("lora", budget=replace(BUDGET, n_steps=9))])) == 2
     assert len(summary.groups([made("lora"), made("ia3", metric=Metric("f1", 0.5, 0.5)), failed("mam", 0)])) == 2
