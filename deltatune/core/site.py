@@ -38,8 +38,11 @@ _EMBED = re.compile(r"(.*\.)?(word_embeddings?|embed_tokens|token_embeddings?|to
 _CROSS = re.compile(r"cross|enc_?dec|encoder_att|attn2", re.IGNORECASE)
 # The norm behind the MLP's residual add, whose output is the block's: beside the MLP's exit, or in the block.
 _POST_NORM = ("LayerNorm", "output_layer_norm", "full_layer_layer_norm")
+_MIDDLE_NORM = "sa_layer_norm"  # DistilBERT's behind the attention's residual add; others' stand beside the attention's exit
 # The norm in front of a block's MLP, where its name says on which side it stands; BART's and OPT's does not.
-_PRE_NORM = ("pre_feedforward_layernorm", "layernorm_after", "post_attention_layernorm", "ln_2", "norm2", "layer_norm2")
+_PRE_NORM = (
+    "pre_feedforward_layernorm", "layernorm_after", "post_attention_layernorm", "ln_2", "norm2", "layer_norm2", "mlp_norm",
+)  # fmt: skip
 _STACKS = {"vision": "visi|visual|image", "text": "text|language", "encoder": "encoder", "decoder": "decoder"}
 _TASK_HEADS = {"classifier", "score", "qa_outputs", "classification_head", "multiple_choice_head", "sequence_summary"}
 _LM_HEADS = {"lm_head", "embed_out", "generator_lm_head"}
@@ -53,7 +56,7 @@ KINDS = ("linear", "conv2d", "embedding", "norm", "experts", "router", *PLACES)
 HEADS = ("head", "lm_head")
 GROUPS = ("attn", "cross", "mlp")  # a sub-layer, or for a method of its matrices all of them
 ROLES = (*(f"attn.{r}" for r in ATTN), *(f"cross.{r}" for r in ATTN if r != "qkv"), *MLP, *GROUPS)
-ROLES += ("mlp+norm", "post_norm", "blocks")
+ROLES += ("mlp+norm", "attn_norm", "mlp_norm", "post_norm", "blocks")
 ROLES += ("block", "input", "embed", "norm", "pooler", *HEADS)
 SHORT = {r: (f"attn.{r}", f"cross.{r}") for r in ATTN} | {r: (f"mlp.{r}",) for r in ("gate", "up", "gate_up", "down")}
 
@@ -85,6 +88,7 @@ class Site:
     d_head: int = 0
     norm: str | None = None  # of an MLP's span, the norm in front of it inside the residual branch
     is_last: bool = False  # of a norm, whether its output is the block's
+    is_middle: bool = False  # of a norm, whether it stands behind the attention's residual add
     patches: bool = False  # of a block: its stack reads an image's patches
 
     @property
@@ -168,10 +172,14 @@ def expanded(table: Sequence[Site]) -> list[Site]:
     These have roles of their own, which no other role or kind selects.
     """
     found: list[Site] = []
+    in_front = {site.norm for site in table if site.norm is not None}
     for site in table:
         found += [site, *slices(site)]
+        for role, holds in (("attn_norm", site.is_middle), ("mlp_norm", site.kind == "norm" and site.name in in_front)):
+            if holds:
+                found.append(replace(site, name=f"{site.name}:{role}", role=role, is_last=False, is_middle=False))
         if site.is_last:
-            found.append(replace(site, name=f"{site.name}:post_norm", role="post_norm", is_last=False))
+            found.append(replace(site, name=f"{site.name}:post_norm", role="post_norm", is_last=False, is_middle=False))
         if site.norm is not None:
             found.append(replace(site, name=f"{site.name}+norm", role="mlp+norm", entry=site.norm, norm=None))
     stacks: dict[str, list[Site]] = {}
@@ -425,6 +433,7 @@ def _inside(block: str, layer: int, stack: str, modules: dict[str, nn.Module], l
     roles = {leaf.name: role for role, members in mlp.items() for leaf in members}
     heads: dict[str, tuple[int, int]] = {}
     spans: dict[str, Site] = {}
+    behind: list[str] = []  # names that the norm behind the attention's residual add can have
 
     def span(role: str, entry: str, leave: str, norm: str | None = None) -> None:
         name = f"{block}:{role}" if f"{block}:{role}" not in spans else f"{leave}:{role}"
@@ -440,6 +449,8 @@ def _inside(block: str, layer: int, stack: str, modules: dict[str, nn.Module], l
             continue
         if "o" in own:
             span(kind, first.module, own["o"].module)
+            if kind == "attn":
+                behind += [f"{_parent(own['o'].module)}.LayerNorm", f"{block}.{_MIDDLE_NORM}"]
         core = _parent(first.module)
         n_kv, d_head, is_ordered = _heads(modules[core], own)
         if "qkv" in own or {"k", "v"} <= own.keys():
@@ -459,7 +470,9 @@ def _inside(block: str, layer: int, stack: str, modules: dict[str, nn.Module], l
         n_kv, d_head = heads.get(leaf.name, (0, 0))
         role = roles.get(leaf.name, leaf.role)
         is_last = leaf.kind == "norm" and len(outs) == 1 and leaf.name in _post_norms(block, outs[0].module)
-        yield replace(leaf, role=role, layer=layer, stack=stack, n_kv_heads=n_kv, d_head=d_head, is_last=is_last)
+        is_middle = leaf.kind == "norm" and leaf.name in behind
+        size = {"n_kv_heads": n_kv, "d_head": d_head}
+        yield replace(leaf, role=role, layer=layer, stack=stack, is_last=is_last, is_middle=is_middle, **size)
 
 
 def _pre_norm(block: str, modules: dict[str, nn.Module], entry: str) -> str | None:

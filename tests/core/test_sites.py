@@ -726,6 +726,43 @@ def test_fused_projections_give_slices(made: Made) -> None:
     assert names(made("gpt2"), "qkv", 0) == ["transformer.h.0.attn.c_attn"]
 
 
+# The norm in front of the MLP, the norm that ends the block, and whether blocks read patches; "" where no name says so.
+MADE_OF_ROWS = {
+    "bert": ("", "LayerNorm", False), "roberta": ("", "LayerNorm", False), "electra": ("", "LayerNorm", False),
+    "deberta-v2": ("", "LayerNorm", False), "distilbert": ("", "output_layer_norm", False),
+    "albert": ("", "full_layer_layer_norm", False), "modernbert": ("mlp_norm", "", False), "t5": ("layer_norm", "", False),
+    "bart": ("", "", False), "opt": ("", "", False), "whisper": ("", "", False), "gpt2": ("ln_2", "", False),
+    "gpt-neox": ("post_attention_layernorm", "", False), "llama": ("post_attention_layernorm", "", False),
+    "gemma2": ("pre_feedforward_layernorm", "", False), "mixtral": ("post_attention_layernorm", "", False),
+    "vit": ("layernorm_after", "", True), "clip": ("layer_norm2", "", True), "swin": ("layernorm_after", "", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MADE_OF_ROWS)
+def test_what_is_made_of_rows(name: str, made: Made) -> None:
+    """`mlp+norm`, `post_norm` and `blocks`: in no table, selected by their roles alone, one for each MLP, block or stack."""
+    model = made(name)
+    norm, last, patches = MADE_OF_ROWS[name]
+    table = all_sites(model)
+    n_blocks = sum(s.kind == "block" for s in table)
+    for role, leaf, n in (("mlp+norm", norm, sum(s.role == "mlp" for s in table)), ("post_norm", last, n_blocks)):
+        if not leaf:
+            with pytest.raises(ValueError, match=f"no {re.escape(repr(role))}"):
+                sites(model, role)
+            assert sites(model, f"{role}|block") == sites(model, "block")
+            continue
+        found = sites(model, f"{role}|block")
+        assert len(found) == n
+        assert {(s.entry or s.module).rpartition(".")[2] for s in found} == {leaf}
+        assert not {s.name for s in found} & {s.name for s in table}
+    for whole in sites(model, "blocks"):
+        inside = [
+            s for s in table if s.kind == "block" and s.module.rpartition(".")[0] == whole.module.rpartition(".")[0]
+        ]
+        assert (whole.module, whole.leave or whole.module) == (inside[0].module, inside[-1].module)
+    assert any(s.patches for s in table) == patches
+
+
 def test_a_projection_of_unknown_layout_has_no_slices() -> None:
     codegen = build("CodeGenForCausalLM", "CodeGenConfig", rotary_dim=2, **GPT2)
     assert ends(codegen, "qkv") == ["qkv_proj"]
