@@ -17,7 +17,7 @@ adapter.save("out", format="peft")                   # what PeftModel.from_pretr
 adapter = dt.attach(model, peft.LoraConfig(...))     # its configuration objects, unresolved defaults included
 ```
 
-Made by `python docs/make_peft.py`; every field's word is from the table that the reader obeys, in `deltatune/peft.py`.
+Made by `python docs/make_peft.py`; every field's word is from the table that the reader obeys, in `peft/fields.py`.
 `tests/peft` holds every row: files of the installed peft 0.21 read and written on an encoder, a decoder and an
 encoder-decoder, random tensors everywhere, logits equal within 1e-5 in fp32. The package `peft` is not needed for files.
 
