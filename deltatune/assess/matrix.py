@@ -43,7 +43,7 @@ BUDGETS = {
     "full-v1": Size(n_steps=2000, batch=32, lr_trials=3, head_lr=None, n_train=None, n_validation=1000, max_length=256),
 }
 QUICK = ("head", "lora", "bitfit", "ia3")
-DEMO = ("full", "head", "sequential", "prefix_tuning", "prompt_tuning", "ia3", "bitfit", "lora", "dora", "mam")
+DEMO = ("full", "head", "sequential", "prefix_tuning", "prompt_tuning", "ia3", "bitfit", "lora", "mam")
 ALL = "all"
 
 
