@@ -81,6 +81,8 @@ class MLP(nn.Module):
 class Attention(nn.Module):
     """Attention over real tokens, without positions; its projections are apart or fused."""
 
+    is_causal = False
+
     def __init__(self, linear: Callable[[int, int], nn.Module], fused: bool) -> None:
         super().__init__()
         self.num_heads, self.head_dim = N_HEADS, WIDTH // N_HEADS
@@ -239,7 +241,8 @@ class Bed:
         )  # a slice has no input of its own
         if self.kind in WEIGHTS and slow and not method.has_fold:
             return False
-        return bool(self.later) or any(method.fits(method.configure(), site) for site in self.sites())
+        tried = [site for site in self.sites() if not self.one or site.name in self.one]
+        return bool(self.later) or any(method.fits(method.configure(), site) for site in tried)
 
 
 def outputs(model: nn.Module, batch: dict[str, Tensor], **own: Tensor) -> Tensor:
@@ -307,6 +310,7 @@ _ALL = (
     Bed("experts", "experts", functools.partial(Net, sparse=True), one=("layers.0.mlp.experts.down_proj",)),
     Bed("quantised", "linear", Net, later="quantised bases come with their own issue"),
     Bed("span", "span", Net, one=("layers.0:mlp",)),
+    Bed("span-attn", "span", Net, where="attn", one=("layers.0:attn",)),
     Bed("block", "block", llama, one=("layers.1",)),
     Bed("patches", "block", ImageNet, one=("layers.0",)),
     Bed("blocks", "span", functools.partial(ImageNet, 2), where="blocks", one=("layers.0:blocks",)),

@@ -40,6 +40,15 @@ def normal(std: float = 0.02) -> Init:
     return init
 
 
+def around(mean: float, std: float) -> Init:
+    """N(mean, std^2)"""
+
+    def init(shape: tuple[int, ...], **_: Any) -> Tensor:
+        return torch.empty(shape).normal_(mean, std)
+
+    return init
+
+
 def truncated(std: float = 0.01) -> Init:
     """N(0, std^2), redrawn outside two standard deviations."""
 

@@ -437,7 +437,8 @@ class Meet(Delta):
         """The parts' tokens, one behind the other."""
         from .runtime import cast
 
-        return torch.cat([cast(p, batch.dtype).tokens(batch) for p in self._parts if p.has_tokens], 1)
+        found = [cast(p, batch.dtype).tokens(batch) for p in self._parts if p.has_tokens]
+        return torch.cat([t.expand(batch.shape[0], -1, -1) for t in found], 1)  # (1, P, D) beside (B, P, D)
 
 
 def shared_tensor(key: str, delta: Method) -> Tensor:

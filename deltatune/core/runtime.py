@@ -48,6 +48,7 @@ class Call:
     decoder_attention_mask: Tensor | None = None
     adapter_ids: Tensor | None = None  # (B), which adapter a row asks for
     task_ids: Tensor | None = None  # (B)
+    n_past: Any = 0  # tokens that lie in the cache: the others of their rows are not in this call
 
     def mask(self, stack: str = "") -> Tensor | None:
         """The (B, T) attention mask on that side of an encoder-decoder, or of the only side."""
@@ -58,7 +59,7 @@ class Call:
         return self.decoder_input_ids if stack == "decoder" else self.input_ids
 
 
-CALL_FIELDS = tuple(Call.__dataclass_fields__)
+CALL_FIELDS = tuple(name for name in Call.__dataclass_fields__ if name != "n_past")
 OWN_FIELDS = ("adapter_ids", "task_ids")  # the model's own forward knows nothing of these
 
 
@@ -302,6 +303,13 @@ def block_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any
     return block_forward
 
 
+def call_of(known: Mapping[str, Any]) -> Call:
+    """The record of a forward that was given these arguments."""
+    past = getattr(known.get("past_key_values"), "get_seq_length", None)
+    given = {n: v for n in CALL_FIELDS if isinstance(v := known.get(n), Tensor)}
+    return Call(**given, n_past=0 if past is None else past())
+
+
 @layer("root")
 def root_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any]) -> Callable[..., Any]:
     """The attached model itself: it keeps the call while its forward runs."""
@@ -326,7 +334,8 @@ def root_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any]
         own = {n: kwargs.pop(n) for n in given}
         known = {**dict(zip(names, args, strict=False)), **kwargs, **own}
         before = frame.call
-        frame.call = Call(**{n: v for n in CALL_FIELDS if isinstance(v := known.get(n), Tensor)})
+        if before is None:  # else a bare backbone, whose own soft tokens stand around this and know what was given
+            frame.call = call_of(known)
         try:
             return forward(self, *args, **kwargs)
         finally:

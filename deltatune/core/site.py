@@ -38,7 +38,8 @@ _EMBED = re.compile(r"(.*\.)?(word_embeddings?|embed_tokens|token_embeddings?|to
 _CROSS = re.compile(r"cross|enc_?dec|encoder_att|attn2", re.IGNORECASE)
 # The norm behind the MLP's residual add, whose output is the block's: beside the MLP's exit, or in the block.
 _POST_NORM = ("LayerNorm", "output_layer_norm", "full_layer_layer_norm")
-_MIDDLE_NORM = "sa_layer_norm"  # DistilBERT's behind the attention's residual add; others' stand beside the attention's exit
+# The norm behind the attention's residual add, where it does not stand beside the attention's exit (DistilBERT).
+_MIDDLE_NORM = "sa_layer_norm"
 # The norm in front of a block's MLP, where its name says on which side it stands; BART's and OPT's does not.
 _PRE_NORM = (
     "pre_feedforward_layernorm", "layernorm_after", "post_attention_layernorm", "ln_2", "norm2", "layer_norm2", "mlp_norm",
@@ -89,6 +90,9 @@ class Site:
     norm: str | None = None  # of an MLP's span, the norm in front of it inside the residual branch
     is_last: bool = False  # of a norm, whether its output is the block's
     is_middle: bool = False  # of a norm, whether it stands behind the attention's residual add
+    is_causal: bool | None = (
+        None  # of that norm and an attention's span, whether no token sees a later one; None: not known
+    )
     patches: bool = False  # of a block: its stack reads an image's patches
 
     @property
@@ -434,10 +438,12 @@ def _inside(block: str, layer: int, stack: str, modules: dict[str, nn.Module], l
     heads: dict[str, tuple[int, int]] = {}
     spans: dict[str, Site] = {}
     behind: list[str] = []  # names that the norm behind the attention's residual add can have
+    is_causal: dict[str, bool | None] = {}  # of an attention by its role
 
     def span(role: str, entry: str, leave: str, norm: str | None = None) -> None:
         name = f"{block}:{role}" if f"{block}:{role}" not in spans else f"{leave}:{role}"
-        spans[name] = Site(name, leave, "span", role, *wide, entry=entry, norm=norm)
+        causal = is_causal.get(role)
+        spans[name] = Site(name, leave, "span", role, *wide, entry=entry, norm=norm, is_causal=causal)
 
     yield Site(block, block, "block", "block", *wide)
     for path, own in attns.items():
@@ -447,6 +453,8 @@ def _inside(block: str, layer: int, stack: str, modules: dict[str, nn.Module], l
         first = own.get("q") or own.get("qkv")
         if first is None:  # an attention by name alone, for example torch's, whose projections are no modules
             continue
+        flags = [getattr(modules[_parent(first.module)], flag, None) for flag in ("is_causal", "is_decoder")]
+        is_causal[kind] = any(flags) if {True, False} & set(flags) else None
         if "o" in own:
             span(kind, first.module, own["o"].module)
             if kind == "attn":
@@ -471,8 +479,9 @@ def _inside(block: str, layer: int, stack: str, modules: dict[str, nn.Module], l
         role = roles.get(leaf.name, leaf.role)
         is_last = leaf.kind == "norm" and len(outs) == 1 and leaf.name in _post_norms(block, outs[0].module)
         is_middle = leaf.kind == "norm" and leaf.name in behind
-        size = {"n_kv_heads": n_kv, "d_head": d_head}
-        yield replace(leaf, role=role, layer=layer, stack=stack, is_last=is_last, is_middle=is_middle, **size)
+        if is_middle:
+            leaf = replace(leaf, is_middle=True, is_causal=is_causal.get("attn"))
+        yield replace(leaf, role=role, layer=layer, stack=stack, n_kv_heads=n_kv, d_head=d_head, is_last=is_last)
 
 
 def _pre_norm(block: str, modules: dict[str, nn.Module], entry: str) -> str | None:

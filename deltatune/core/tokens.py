@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .base import own_class
 from .compose import parts_of
 from .method import Delta
-from .runtime import Switch, cast, layer
+from .runtime import OWN_FIELDS, Switch, call_of, cast, layer
 from .site import Site
 
 _LENGTHENED = ("last_hidden_state", "hidden_states")
@@ -156,7 +156,16 @@ def input_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any
             moved = 0  # the attention itself adds them
         if not live and not moved:
             return forward(self, **kwargs)
-        return _lengthened(self, forward, live, moved, kwargs, cls.__name__)
+        frame = live[0].frame if live else None
+        if frame is None or not frame.readers or frame.call is not None or live[0].site.stack == "decoder":
+            return _lengthened(self, forward, live, moved, kwargs, cls.__name__)
+        # no model's own forward around it: `generate` runs an encoder by itself, and a bare backbone is its own root
+        own = {n: kwargs.pop(n) for n in OWN_FIELDS if n in kwargs}
+        frame.call = call_of({**kwargs, **own})
+        try:
+            return _lengthened(self, forward, live, moved, kwargs, cls.__name__)
+        finally:
+            frame.call = None
 
     return input_forward
 

@@ -763,6 +763,39 @@ def test_what_is_made_of_rows(name: str, made: Made) -> None:
     assert any(s.patches for s in table) == patches
 
 
+# The norm behind the attention's residual add, and whether the attention says that it is causal; "" where no name says so.
+AROUND_ATTENTION: dict[str, tuple[str, set[bool | None]]] = {
+    "bert": ("LayerNorm", {False}), "roberta": ("LayerNorm", {False}), "electra": ("LayerNorm", {False}),
+    "deberta-v2": ("LayerNorm", {None}), "distilbert": ("sa_layer_norm", {False}), "albert": ("LayerNorm", {False}),
+    "modernbert": ("", {False}), "t5": ("", {False, True}), "bart": ("", {False, True}), "opt": ("", {True}),
+    "gpt2": ("", {True}), "gpt-neox": ("", {True}), "llama": ("", {True}), "gemma2": ("", {True}), "mixtral": ("", {True}),
+    "vit": ("", {False}), "swin": ("", {False}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AROUND_ATTENTION)
+def test_norms_around_the_attention(name: str, made: Made) -> None:
+    """`attn_norm` behind it, `mlp_norm` in front of the MLP: the same norms as in the table, under roles of their own."""
+    model = made(name)
+    behind, causal = AROUND_ATTENTION[name]
+    in_front, *_ = MADE_OF_ROWS[name]
+    table = all_sites(model)
+    for role, leaf, n in (("attn_norm", behind, "block"), ("mlp_norm", in_front, "mlp")):
+        if not leaf:
+            with pytest.raises(ValueError, match=f"no {role!r}"):
+                sites(model, role)
+            continue
+        found = sites(model, role)
+        assert len(found) == sum(s.role == n for s in table) and {s.kind for s in found} == {"norm"}
+        assert {s.module.rpartition(".")[2] for s in found} == {leaf}
+        assert not {s.name for s in found} & {s.name for s in table} and {s.module for s in found} <= {
+            s.name for s in table
+        }
+    assert {s.is_causal for s in table if s.role == "attn" and s.kind == "span"} == causal
+    if behind:
+        assert {s.is_causal for s in sites(model, "attn_norm")} == causal
+
+
 def test_a_projection_of_unknown_layout_has_no_slices() -> None:
     codegen = build("CodeGenForCausalLM", "CodeGenConfig", rotary_dim=2, **GPT2)
     assert ends(codegen, "qkv") == ["qkv_proj"]
