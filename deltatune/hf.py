@@ -171,11 +171,18 @@ def _model_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, An
             _refuse_resize(self)
         return cls.resize_token_embeddings(self, new_num_tokens, *args, **kwargs)  # type: ignore[attr-defined]
 
+    def _validate_model_kwargs(self: Any, model_kwargs: dict[str, Any]) -> None:
+        # `generate` refuses what no forward's signature names; what a method reads, the root's forward takes
+        wanted = self.__dict__["_deltatune"].frame.wanted if "_deltatune" in self.__dict__ else ()
+        cls._validate_model_kwargs(self, {k: v for k, v in model_kwargs.items() if k not in wanted})  # type: ignore[attr-defined]
+
     enable = "activation_checkpointing_enable"
     if not hasattr(cls, enable):  # in older transformers
         enable = "gradient_checkpointing_enable"
     namespace[enable] = checkpointing_enable
     namespace |= {"save_pretrained": save_pretrained, "resize_token_embeddings": resize_token_embeddings, "to": to}
+    if hasattr(cls, "_validate_model_kwargs"):  # it generates
+        namespace["_validate_model_kwargs"] = _validate_model_kwargs
     return forward
 
 

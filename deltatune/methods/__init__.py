@@ -3,7 +3,23 @@
 Letters in these files: B batch, T tokens, I inputs, O outputs, R rank, P prefix, D width.
 """
 
-from . import baseline, bias, bottleneck, hybrid, lora, mask, prefix, prompt, ranks, rescale, rows, unified, vision
+from . import (  # fmt: skip
+    baseline,
+    bias,
+    bottleneck,
+    context,
+    hybrid,
+    lora,
+    mask,
+    prefix,
+    prompt,
+    ranks,
+    rescale,
+    rows,
+    special,
+    unified,
+    vision,
+)
 
-__all__ = ["baseline", "bias", "bottleneck", "hybrid", "lora", "mask", "prefix", "prompt", "ranks", "rescale", "rows", "unified",
-           "vision"]  # fmt: skip
+__all__ = ["baseline", "bias", "bottleneck", "context", "hybrid", "lora", "mask", "prefix", "prompt", "ranks", "rescale", "rows",
+           "special", "unified", "vision"]  # fmt: skip

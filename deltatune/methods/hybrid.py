@@ -1,8 +1,10 @@
 """Trees with a name: methods that a paper made of others, and well-known settings of one."""
 
-from ..core.compose import Sum, Tree, preset
+from ..core.compose import Stack, Sum, Tree, preset
+from .baseline import Copy
 from .bottleneck import Parallel, Sequential
 from .prefix import PrefixTuning
+from .rescale import Hadamard
 
 
 @preset(
@@ -44,3 +46,29 @@ def adaptformer(
 ) -> Tree:
     """y' = y + s U relu(D x + c), x the residual stream beside the MLP and its norm; U = 0 at the start."""
     return Parallel(r=r, scale=scale, dropout=dropout, where="mlp+norm|mlp")
+
+
+@preset(
+    "p_tuning_v2",
+    paper="2110.07602",
+    category="additive",
+    lr=(5e-3, 2e-2),
+    exceptions={"identity": "a prefix takes a share of the attention from the start"},
+)
+def p_tuning_v2(
+    n: int = 20,  # length of the prefix
+    shift: bool = False,  # the real tokens start at position n, as behind a prefix that lies in the cache
+) -> Tree:
+    """n keys and values in front of every layer's own, trained themselves, without a network."""
+    return PrefixTuning(n=n, shift=shift)
+
+
+@preset("hadamard", paper="2407.11033", category="additive", lr=(1e-3, 2e-2))
+def hadamard(
+    head_first: float = 0.5,  # share of the steps that train the task head alone, at the start
+) -> Tree:
+    """A' = w * A + b on the attention's concatenated heads A, and the norm behind it trained; the task head alone first.
+
+    Behind the attention's residual add where a norm stands there, else in front of the MLP.
+    """
+    return Stack(Hadamard(head_first=head_first), Copy(where="attn_norm|mlp_norm"))

@@ -1,10 +1,13 @@
 """Learned tokens in front of the input."""
 
+from dataclasses import asdict, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.inits import kaiming, normal, uniform
 from ..core.method import Method, param
 
 
@@ -35,3 +38,104 @@ class PromptTuning(Method, name="prompt_tuning"):
 
     def tokens(self, batch):
         return self.prompt[None]
+
+
+class Encoded(PromptTuning):
+    """X' = [net(E); X]: a network makes the prompt while training, and what is saved is the prompt alone."""
+
+    paper = "2103.10385"
+    lr = (1e-4, 1e-2)
+    embedding: Tensor = param("n d_in", normal(1.0))
+
+    @classmethod
+    def slots_of(cls, config):
+        return {key: slot for key, slot in cls.slots.items() if key != "prompt"}
+
+    def tokens(self, batch):
+        return self.exact.made()[None]  # the network in fp32: what is saved is what was trained
+
+    def finished(self, leaf):
+        flat = replace(leaf, method=PromptTuning, config=PromptTuning.configure(**asdict(leaf.config)))
+        return flat, {"prompt": self.made()}
+
+
+class PTuning(Encoded, name="p_tuning"):
+    """X' = [P; X], P = V relu(U h + u) + v, h the states of a two-layer bidirectional LSTM of width d / 2 over E."""
+
+    cells: Tensor = param("2 2 2*d_in d_in", uniform("d_in/2"))  # layer, direction, gates (i, f, g, o) from the input
+    back: Tensor = param("2 2 2*d_in d_in/2", uniform("d_in/2"))  # the same from the state before
+    bias: Tensor = param("16*d_in", uniform("d_in/2"))  # two for each gate, as LSTMs have them
+    inner: Tensor = param("d_in d_in", kaiming)
+    inner_bias: Tensor = param("d_in", uniform("d_in"))
+    outer: Tensor = param("d_in d_in", kaiming)
+    outer_bias: Tensor = param("d_in", uniform("d_in"))
+
+    def made(self):
+        """(n, d)"""
+        x = self.embedding
+        for cells, back, bias in zip(self.cells, self.back, self.bias.view(2, 2, 2, -1).sum(2), strict=True):
+            x = bidirectional(x, cells, back, bias)
+        return F.linear(F.relu(F.linear(x, self.inner, self.inner_bias)), self.outer, self.outer_bias)
+
+
+def bidirectional(x, cells, back, bias):
+    """(n, d) -> (n, 2 h): an LSTM forwards and one backwards, c = s(f) c + s(i) tanh(g) and h = s(o) tanh(c)."""
+    given = torch.stack([x, x.flip(0)]) @ cells.mT + bias[:, None]
+    h = c = given.new_zeros(2, 1, back.shape[-1])
+    states = []
+    for step in given.split(1, 1):
+        i, f, g, o = torch.baddbmm(step, h, back.mT).chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        states.append(h)
+    forwards, backwards = torch.cat(states, 1)
+    return torch.cat([forwards, backwards.flip(0)], -1)
+
+
+class PTuningMLP(Encoded, name="p_tuning_mlp"):
+    """X' = [P; X], P = W relu(V relu(U E + u) + v) + w."""
+
+    inner: Tensor = param("d_in d_in", kaiming)
+    inner_bias: Tensor = param("d_in", uniform("d_in"))
+    middle: Tensor = param("d_in d_in", kaiming)
+    middle_bias: Tensor = param("d_in", uniform("d_in"))
+    outer: Tensor = param("d_in d_in", kaiming)
+    outer_bias: Tensor = param("d_in", uniform("d_in"))
+
+    def made(self):
+        """(n, d)"""
+        h = F.relu(F.linear(self.embedding, self.inner, self.inner_bias))
+        h = F.relu(F.linear(h, self.middle, self.middle_bias))
+        return F.linear(h, self.outer, self.outer_bias)
+
+
+class MPT(PromptTuning, name="mpt"):
+    """X' = [P o (U_k V_k); X]: one prompt for all tasks, and of each task k a low-rank factor.
+
+    The rows' tasks are the call's `task_ids`; with one task they may be left out.
+    """
+
+    paper = "2303.02861"
+    reads_call = True
+    reads = ("task_ids",)
+    n_tasks: int = 1  # how many tasks
+    r: int = 1  # rank of a task's factor
+    prompt: Tensor = param("n d_in", normal(1.0))
+    u: Tensor = param("n_tasks n r", normal(0.02))
+    v: Tensor = param("n_tasks r d_in", normal(0.02))
+
+    def tokens(self, batch):
+        own, task = self.exact, self.tasks(batch.shape[0], batch.device)
+        return own.prompt * (own.u[task] @ own.v[task])
+
+    def tasks(self, n_rows, device):
+        """(B), the number of each row's task. Raises ValueError where it is missing or is not one of them."""
+        ids, at = self.call.task_ids, self.site.name or "the model"
+        if ids is None and self.n_tasks == 1:
+            return torch.zeros(n_rows, dtype=torch.long, device=device)
+        if ids is None or ids.shape != (n_rows,):
+            got = "none" if ids is None else tuple(ids.shape)
+            raise ValueError(f"{at}: mpt with {self.n_tasks} tasks needs task_ids of shape ({n_rows},), got {got}")
+        if not torch.compiler.is_compiling() and (wrong := ids[(ids < 0) | (ids >= self.n_tasks)]).numel():
+            raise ValueError(f"{at}: task id {int(wrong[0])}, but mpt has the tasks 0 to {self.n_tasks - 1}")
+        return ids
