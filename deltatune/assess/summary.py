@@ -209,10 +209,12 @@ def _below_head(rows: Sequence[Row], answers: Answers, score: stats.Score | None
         by = abs(head.score.value - row.score.value)
         standing, gap = _standing(list(head.done), list(row.done), answers, score, lower)
         sure = {"worse": "beyond noise", "tied": "within noise"}.get(standing, "nobody can say how surely")
-        yield (
-            f"{row.label} does not beat the frozen features of {head.label}: it is {by:.3f} below, {sure} "
-            f"({gap.replace('behind the best', 'behind')})."
+        far = (
+            f"{by:.3f} below, {sure} ({gap.replace('behind the best', 'behind')})"
+            if by >= 0.0005
+            else "level with them"
         )
+        yield f"{row.label} does not beat the frozen features of {head.label}: it is {far}."
 
 
 def _estimate(name: str, cells: list[Cell], answers: Answers, score: stats.Score | None) -> Estimate:
