@@ -4,9 +4,10 @@ adapter = attach(model, "lora", where="q,v", r=16)      freezes the rest, change
 adapter = load(model, "out/law")                        or an error that says what does not fit
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,8 @@ def attach(
     tree = placed(tree, where_of(where), layer_numbers(layers))
     adapter = _attach(model, tree, name, seed, head == "auto", None)
     if probe is not None:
-        try:
+        with or_off(adapter):
             adapter.probe(**probe)
-        except BaseException:
-            adapter.detach()
-            raise
     return adapter
 
 
@@ -98,13 +96,20 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         raise ValueError(f"{path}: its tree cannot be read: {error}") from None
     check_base(model, path, card, tensors)
     adapter = _attach(model, tree, name, card["seed"], card["head"], card["sites"], card["in_place"])
-    try:
+    with or_off(adapter):
         fill(adapter, path, tensors)
         adapter.trainable(trainable)
+    return adapter
+
+
+@contextlib.contextmanager
+def or_off(adapter: Adapter) -> Iterator[None]:
+    """Take the adapter off again where what is done to it right after attaching fails."""
+    try:
+        yield
     except BaseException:
         adapter.detach()
         raise
-    return adapter
 
 
 def _attach(

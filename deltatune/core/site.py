@@ -250,8 +250,10 @@ def _matches(
     """Each part of `where` with the sites it names, never none."""
     if isinstance(where, str):
         parts = [part.strip() for part in where.split(",")]
-        parts = [next((w for w in part.split("|") if w in _words_of(table)), part.rpartition("|")[2])
-                 if "|" in part and all(map(_is_role, part.split("|"))) else part for part in parts]  # fmt: skip
+        if any("|" in part for part in parts):
+            have = _words_of(table)
+            parts = [next((w for w in part.split("|") if w in have), part.rpartition("|")[2])
+                     if "|" in part and all(map(_is_role, part.split("|"))) else part for part in parts]  # fmt: skip
         known = [part for part in parts if _is_role(part)]
         plain = not re.search(r"[\\*+?\[\](){}|^$]", where)
         if where == "all-linear":

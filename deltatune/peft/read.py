@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..core import files
 from ..core.adapter import Adapter, fill
 from ..core.attach import attach as attach_tree
+from ..core.attach import or_off
 from .names import AUTO_HEADS, Named
 from .pieces import CONFIG, PICKLED, WEIGHTS, Key, Plan
 from .plan import plain_fields, plan_of
@@ -57,7 +58,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         value = tensors[piece.key]
         values |= piece.here(value if value.dtype == torch.float64 else value.float())
     adapter = attach_tree(model, plan.tree, name=name, head="auto" if plan.head else None)
-    try:
+    with or_off(adapter):
         state, deltas = adapter.state_dict(), adapter.deltas
         for (leaf, site, slot), value in values.items():
             delta = deltas[leaf, site]
@@ -65,9 +66,6 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
             state[f"bank.{shared}" if shared else f"{leaf}.{site}.{slot}"] = value.contiguous()
         fill(adapter, path, state)
         adapter.trainable(trainable)
-    except BaseException:
-        adapter.detach()
-        raise
     return adapter
 
 
