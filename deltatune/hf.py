@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from .core.adapter import adapters
 from .core.compose import parts_of
 from .core.method import Delta
-from .core.runtime import ATTACHED, ATTENDS, LAYERS, ROOT_LAYERS, cast, integrate
+from .core.runtime import ATTACHED, ATTENDS, KEEPS, LAYERS, ROOT_LAYERS, cast, integrate
+from .core.site import Site
 
 _MASKED = ("sdpa", "eager")  # implementations whose mask is a (B, 1 or H, Q, K) tensor
 _SHORT = ("flash_attention_2", "flash_attention_3", "flash_attention_4")  # a (B, K) mask, bottom-right causality
@@ -34,6 +36,7 @@ def install() -> None:
     LAYERS["peft"] = _peft_layer
     ROOT_LAYERS["peft"] = lambda model: "peft" in sys.modules and isinstance(model, sys.modules["peft"].PeftModel)
     ATTENDS.append(_attends)
+    KEEPS.append(_keep)
     ATTACHED.append(ask_for_input_grads)
 
 
@@ -41,6 +44,19 @@ def _attends(module: nn.Module) -> bool:
     """Is the module's code of a file that calls the attention registry?"""
     files = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)
     return any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files)
+
+
+def _keep(cache: Any, site: Site, key: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer of the cache's own for each key, behind the backbone's: reordering and cropping go over all layers."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    layers, own = cache.layers, cache.__dict__.setdefault("_deltatune", {})
+    if key not in own:
+        while len(layers) < site.n_layers:  # a cache that grows with the blocks would give ours to one of them
+            layers.append(cache.layer_class_to_replicate())
+        own[key] = len(layers)
+        layers.append(DynamicLayer())
+    keys, values = layers[own[key]].update(a, b)
+    return keys, values
 
 
 def _with_prefix(name: str, attend: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -181,8 +197,19 @@ def _model_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, An
         enable = "gradient_checkpointing_enable"
     namespace[enable] = checkpointing_enable
     namespace |= {"save_pretrained": save_pretrained, "resize_token_embeddings": resize_token_embeddings, "to": to}
+
+    def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        frame = self.__dict__["_deltatune"].frame
+        given = next((t for t in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")) if t is not None), None)
+        before, frame.n_given = frame.n_given, None if given is None else given.shape[1]
+        try:
+            return cls.generate(self, inputs, *args, **kwargs)  # type: ignore[attr-defined]
+        finally:
+            frame.n_given = before
+
     if hasattr(cls, "_validate_model_kwargs"):  # it generates
         namespace["_validate_model_kwargs"] = _validate_model_kwargs
+        namespace["generate"] = functools.wraps(cls.generate)(generate)  # type: ignore[attr-defined]
     return forward
 
 

@@ -4,9 +4,11 @@ Tensors that have to be equal are equal bit for bit; what is computed in two way
 has nothing to look at raises `Skip` with the reason.
 """
 
+import atexit
 import copy
 import functools
 import pickle
+import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +23,7 @@ from ..core import base, shapes
 from ..core.adapter import Adapter
 from ..core.attach import attach, load
 from ..core.compose import Average, Leaf, Preset, Sum, Tree
-from ..core.method import METHODS, Method, Slot
+from ..core.method import METHODS, Method, Slot, named
 from ..core.schedule import Schedules
 from ..core.site import Site
 from .beds import Bed, accepts, checkpointed, materialise, on_meta, outputs
@@ -175,6 +177,8 @@ class Trial:
 
     def leaf(self, **hyper: Any) -> Leaf:
         """The method with its defaults, each cut to its limit on the bed's small layers."""
+        if self.method.sources:
+            hyper.setdefault("sources", sources_for(self.method.sources, self.bed, self.dtype))
         if isinstance(self.method, Preset):
             return self.method(**hyper)  # type: ignore[return-value]
         config = self.method.configure()
@@ -238,6 +242,19 @@ class Trial:
         for name, grad in zip(tensors, found, strict=True):
             assert grad is not None, f"{name} has no gradient"
         return dict(zip(tensors, found, strict=True))
+
+
+@functools.cache
+def sources_for(name: str, bed: Bed, dtype: torch.dtype) -> tuple[str, ...]:
+    """Two saved adapters of the method `name` on the bed's model, for a method that is made of such."""
+    folders = []
+    for i in range(2):
+        t = Trial(named(name), bed, dtype, seed=i)
+        adapter = perturb(t.put(t.model(), f"source{i}"))
+        folders.append(tempfile.mkdtemp(prefix="deltatune-source-"))
+        atexit.register(shutil.rmtree, folders[-1], ignore_errors=True)
+        adapter.save(folders[-1])
+    return tuple(folders)
 
 
 def _sizes(site: Site) -> dict[str, int]:

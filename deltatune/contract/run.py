@@ -3,12 +3,14 @@
 import random
 from collections.abc import Iterable
 
+import torch
+
 from ..core.attach import attach
 from ..core.compose import Preset
 from ..core.errors import unknown
 from ..core.method import Method
 from .beds import BEDS, Bed
-from .checks import CHECKS, DTYPES, Check, Result, checks_of, run_one
+from .checks import CHECKS, DTYPES, Check, Result, checks_of, run_one, sources_for
 from .pair import PAIR, two_processes
 
 
@@ -125,7 +127,8 @@ def beds_of(method: type[Method] | Preset) -> list[Bed]:
 def _takes(bed: Bed, tree: Preset) -> bool:
     """Can the tree stand on the bed's model?"""
     try:
-        attach(bed.model(), tree(), head=None)
+        made = {"sources": sources_for(tree.sources, bed, torch.float32)} if tree.sources else {}
+        attach(bed.model(), tree(**made), head=None)
     except ValueError:
         return False
     return True

@@ -9,6 +9,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -118,6 +119,17 @@ class Adapter:
         """What is trained in the task head."""
         copies = [p for d in self.deltas.values() if d.site.role == HEAD for p in d.parameters()]
         return copies + [self.model.get_parameter(n) for n in self._info.owned_heads]
+
+    def lr_factors(self) -> dict[int, float]:
+        """id of a parameter -> what its learning rate is a multiple by, where that is not 1."""
+        found: dict[int, float] = {}
+        for delta in self.deltas.values():
+            own = dict(delta.named_parameters(recurse=False))
+            for key, slot in delta.slots_of(delta.config).items():
+                factor = float(getattr(delta, slot.lr)) if slot.lr else 1.0
+                if factor != 1.0 and slot.train:
+                    found[id(delta.bank_parameter(key) if slot.shared else own[key])] = factor
+        return found
 
     @property
     def mergeable(self) -> bool:
@@ -305,6 +317,31 @@ class Adapter:
             raise ValueError(f"{path} holds {card['tree']}, the adapter {self.name!r} is {self.tree.to_dict()}")
         check_base(self.model, path, card, tensors)
         fill(self, path, tensors)
+
+    def set(self, **hyper: Any) -> None:
+        """Change hyperparameters that no tensor depends on, here and now: how many layers `adapter_drop` leaves out.
+
+        Raises ValueError, and changes nothing, where no method of the tree lets that one be changed.
+        """
+        leaves: dict[str, Leaf] = dict(self.tree.leaves())
+        changed = dict(leaves)
+        for key, value in hyper.items():
+            mine = {path: leaf for path, leaf in changed.items() if key in leaf.method.live}
+            if not mine:
+                raise unknown(
+                    "hyperparameter that can change on a standing adapter",
+                    key,
+                    [name for leaf in leaves.values() for name in leaf.method.live],
+                )
+            for path, leaf in mine.items():
+                leaf.method.configure(**{**asdict(leaf.config), key: value})
+                changed[path] = leaf.changed(**{key: value})
+        for (path, _), delta in self.deltas.items():
+            for key, value in hyper.items():
+                if path in changed and key in changed[path].method.live:
+                    delta.config = replace(delta.config, **{key: value})
+                    setattr(delta, key, value)
+        self._info.tree = self.tree.replaced(changed)
 
     def probe(self, *args: Any, **kwargs: Any) -> None:
         """Run the model on one batch and raise ValueError naming every delta that has no effect on its outputs."""

@@ -8,7 +8,7 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ def attach(
     `method` is a name of the registry, with its hyperparameters as keywords, a tree such as `dt.LoRA(r=16)`, or HF PEFT's
     configuration object. `where` is a place of `dt.sites`, or places with hyperparameters of their own: `{"mlp": {"r": 32}}`.
     `head="auto"` trains the task head beside it, where the backbone has one; `head=None` does not. `seed` draws what
-    sites share; the tensors' own starts come from torch's generator. `probe` is one batch, as keywords of the model: it
+    sites share; the tensors' own starts come from torch's generator. A method that is made of saved adapters takes their
+    folders as `sources`. `probe` is one batch, as keywords of the model: it
     is run once, and a delta that does not move the outputs is refused.
 
     Raises ValueError, and changes nothing, on an unknown method, hyperparameter or place, on a number that does not fit
@@ -73,9 +74,18 @@ def attach(
     if head not in ("auto", None):
         raise ValueError(f"head must be 'auto' or None, not {head!r}")
     tree = placed(tree, where_of(where), layer_numbers(layers))
-    adapter = _attach(model, tree, name, seed, head == "auto", None)
-    if probe is not None:
-        with or_off(adapter):
+    for _, leaf in tree.leaves():
+        if leaf.method.sources and leaf.start is None:
+            raise ValueError(
+                f"{leaf.method.name} is made of saved adapters, of {leaf.method.sources}; give it sources=[folder, ...]"
+            )
+    kept = tree.replaced({path: replace(leaf, start=None) for path, leaf in tree.leaves()})
+    adapter = _attach(model, kept, name, seed, head == "auto", None)
+    with or_off(adapter):
+        for path, leaf in tree.leaves():
+            if leaf.start is not None:
+                leaf.start(adapter, path)
+        if probe is not None:
             adapter.probe(**probe)
     return adapter
 

@@ -73,6 +73,7 @@ class Leaf:
     config: Any
     where: Where = None
     layers: Layers = None
+    start: Callable[[Any, str], None] | None = with_default(default=None, compare=False, repr=False)  # (adapter, path)
 
     def leaves(self, path: str = "0") -> Iterator[tuple[str, "Leaf"]]:
         """(path, leaf) of every leaf, in order."""
@@ -231,6 +232,7 @@ class Preset:
     category: str
     lr: tuple[float, float]
     exceptions: Mapping[str, str] = with_default(default_factory=dict)  # contract check -> why it is exempt
+    sources: str = ""  # the method whose saved adapters it is made of; then its function takes `sources`
     in_place: ClassVar[bool] = False
 
     def __call__(self, **hyper: Any) -> Tree:
@@ -282,12 +284,18 @@ def _preset(name: str) -> Preset:
 
 
 def preset(
-    name: str, *, paper: str, category: str, lr: tuple[float, float], exceptions: Mapping[str, str] | None = None
+    name: str,
+    *,
+    paper: str,
+    category: str,
+    lr: tuple[float, float],
+    exceptions: Mapping[str, str] | None = None,
+    sources: str = "",
 ) -> Callable[[Callable[..., Tree]], Preset]:
     """Register a function from hyperparameters to a tree under `name`."""
 
     def register(make: Callable[..., Tree]) -> Preset:
-        PRESETS[name] = Preset(name, make, paper, category, lr, exceptions or {})
+        PRESETS[name] = Preset(name, make, paper, category, lr, exceptions or {}, sources)
         return PRESETS[name]
 
     return register

@@ -21,7 +21,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, make_dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, dataclass_transform
@@ -36,10 +36,12 @@ from .compose import PRESETS, Leaf, Preset, Where, comments_in, meet_fold, meet_
 from .errors import unknown
 from .inits import Init, kaiming, zeros
 from .site import Site
+from .sources import folders_of, from_sources
 
 if TYPE_CHECKING:
     from .runtime import Call, Frame, Switch
     from .schedule import Schedule
+    from .sources import Saved
 
 METHODS: "dict[str, type[Method]]" = {}
 
@@ -53,11 +55,12 @@ class Slot:
     train: bool
     shared: bool = False
     by: str = "shape"  # what has one shared tensor: sites of one shape, also of one role, also of one stack
+    lr: str = ""  # the hyperparameter that its learning rate is a multiple by
 
 
-def param(shape: str, init: Init = zeros) -> Any:
-    """A trained tensor."""
-    return Slot(shape, init, train=True)
+def param(shape: str, init: Init = zeros, *, lr: str = "") -> Any:
+    """A trained tensor; `lr` names the hyperparameter whose value times the run's learning rate is its own."""
+    return Slot(shape, init, train=True, lr=lr)
 
 
 def fixed(shape: str, init: Init) -> Any:
@@ -66,13 +69,18 @@ def fixed(shape: str, init: Init) -> Any:
 
 
 def bank(
-    shape: str, init: Init = kaiming, *, train: bool = False, by: Literal["shape", "role", "stack"] = "shape"
+    shape: str,
+    init: Init = kaiming,
+    *,
+    train: bool = False,
+    by: Literal["shape", "role", "stack"] = "shape",
+    lr: str = "",
 ) -> Any:
     """A tensor shared by every site of one shape: random from the seed and never saved, or trained and saved once.
 
     With `by="role"` each role has its own (q and v apart), with `by="stack"` each role of encoder and of decoder.
     """
-    return Slot(shape, init, train=train, shared=True, by=by)
+    return Slot(shape, init, train=train, shared=True, by=by, lr=lr)
 
 
 class Delta(nn.Module):
@@ -86,6 +94,7 @@ class Delta(nn.Module):
     has_around: bool = False
     has_kv: bool = False
     has_tokens: bool = False
+    has_embed: bool = False
     reads_call: bool = False
     fast: bool = False  # run in activation space here
     noisy: bool = False  # its training forward is random: the weight path, which knows no rows, cannot run it
@@ -122,12 +131,16 @@ class Delta(nn.Module):
         """(B, P, D) to put in front of the model's embedded input `batch` (B, T, D)."""
         raise NotImplementedError
 
+    def embed(self, batch: Tensor, places: Tensor) -> Tensor:
+        """The embedded input (B, T, D), adapted; `places` (1 or B, T) says which of its row's real tokens each is, from 0."""
+        raise NotImplementedError
+
     def forward(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """`fold`, under the name that `torch.func.functional_call` calls: fused experts run it by vmap."""
         return self.fold(weight, bias)
 
 
-_WORDS = ("pre", "post", "fold", "linear", "around", "kv", "tokens")
+_WORDS = ("pre", "post", "fold", "linear", "around", "kv", "tokens", "embed")
 _WEIGHTS = frozenset({"linear", "conv2d", "embedding", "experts"})
 
 
@@ -150,6 +163,8 @@ class Method(Delta):
     in_place: ClassVar[bool] = False  # trains the base's own parameters
     helper: ClassVar[bool] = False  # a part of trees, no candidate of a comparison by itself
     schedule: ClassVar["type[Schedule] | None"] = None
+    live: ClassVar[tuple[str, ...]] = ()  # hyperparameters that no tensor depends on: `adapter.set` changes them
+    sources: ClassVar[str] = ""  # the method whose saved adapters it is made of
     exceptions: ClassVar[Mapping[str, str]] = {}  # contract check -> why this method is exempt
     slots: ClassVar[dict[str, Slot]] = {}
     Config: ClassVar[type]
@@ -189,7 +204,7 @@ class Method(Delta):
             cls.kinds = (
                 _WEIGHTS if cls.has_fold
                 else frozenset({"attention"}) if cls.has_kv
-                else frozenset({"input"}) if cls.has_tokens
+                else frozenset({"input"}) if cls.has_tokens or cls.has_embed
                 else frozenset({"linear"})
             )  # fmt: skip
         if name:
@@ -198,11 +213,30 @@ class Method(Delta):
             cls.name = name
             METHODS[name] = cls
 
-    def __new__(cls, *, where: "Where | list[str]" = None, layers: Any = None, **hyper: Any) -> Leaf:  # type: ignore[misc]
-        """A leaf: this method with its hyperparameters and its place."""
+    def __new__(  # type: ignore[misc]
+        cls,
+        *,
+        where: "Where | list[str]" = None,
+        layers: Any = None,
+        sources: "Sequence[Any] | None" = None,
+        **hyper: Any,
+    ) -> Leaf:
+        """A leaf: this method with its hyperparameters, its place, and the folders of the adapters that it is made of."""
         if not cls.name:
             raise TypeError(f"{cls.__name__} has no name: it is the common part of other methods")
-        return Leaf(cls, cls.configure(**hyper), where_of(where), layer_numbers(layers))
+        start = None
+        if sources is not None:
+            if not cls.sources:
+                raise ValueError(f"{cls.name} is not made of saved adapters: it takes no sources")
+            start = partial(from_sources, cls.start, cls.name, cls.sources, folders_of(cls.name, sources))
+            if "n_sources" in {f.name for f in fields(cls.Config)}:
+                hyper.setdefault("n_sources", len(sources))
+        return Leaf(cls, cls.configure(**hyper), where_of(where), layer_numbers(layers), start)
+
+    @classmethod
+    def start(cls, adapter: Any, path: str, sources: "list[Saved]") -> None:
+        """Fill the deltas of the leaf `path` from saved adapters that fit this backbone. Raises ValueError where they do not."""
+        raise NotImplementedError(f"{cls.name} declares sources")
 
     @classmethod
     def configure(cls, **hyper: Any) -> Any:
@@ -302,6 +336,12 @@ class Method(Delta):
         leaf = f"{self.path}_".replace(".", "_") if slot.train and self.path != "0" else ""  # each leaf trains its own
         return f"{leaf}{key}{role}{stack}_{'x'.join(map(str, shape))}"
 
+    def bank_parameter(self, key: str) -> Tensor:
+        """The shared tensor of a slot, itself and not as the method reads it."""
+        shared, keys = self.__dict__["_bank"]
+        value: Tensor = shared.tensor(keys[key])
+        return value
+
     def dims(self, base: Base) -> dict[str, Any]:
         """The names that shape strings may use: the site's sizes and every numeric hyperparameter."""
         numbers = {f.name: getattr(self, f.name) for f in fields(self.config)}
@@ -343,6 +383,21 @@ class Method(Delta):
                 f"running; call the model that the adapter was attached to"
             )
         return self.frame.call
+
+    def tasks(self, n_rows: int, device: torch.device) -> Tensor:
+        """(B), the number of each row's task: the call's `task_ids`, which a method with one task can do without.
+
+        Raises ValueError where they are missing or not one of `n_tasks`.
+        """
+        ids, at, n = self.call.task_ids, self.site.name or "the model", self.config.n_tasks
+        if ids is None and n == 1:
+            return torch.zeros(n_rows, dtype=torch.long, device=device)
+        if ids is None or ids.shape != (n_rows,):
+            got = "none" if ids is None else tuple(ids.shape)
+            raise ValueError(f"{at}: {self.name} with {n} tasks needs task_ids of shape ({n_rows},), got {got}")
+        if not torch.compiler.is_compiling() and (wrong := ids[(ids < 0) | (ids >= n)]).numel():
+            raise ValueError(f"{at}: task id {int(wrong[0])}, but {self.name} has the tasks 0 to {n - 1}")
+        return ids
 
     @classmethod
     def about(cls) -> str:
@@ -395,15 +450,16 @@ class Meet(Delta):
         self.has_post = all(p.fast and not p.has_pre and not p.has_around for p in parts)
         self.has_kv = any(p.has_kv for p in parts)
         self.has_tokens = any(p.has_tokens for p in parts)
+        self.has_embed = any(p.has_embed for p in parts)
         self.reads_call = any(p.reads_call for p in parts)
         self.fast = self.has_post
-        if op == "average" and (self.has_kv or self.has_tokens):
+        if op == "average" and (self.has_kv or self.has_tokens or self.has_embed):
             names = ", ".join(getattr(p, "name", type(p).__name__) for p in parts)
             raise ValueError(
                 f"{self.site.name}: {names} cannot meet in {op}: keys, values and tokens that were learned have no mean; "
                 f"Sum and Stack put them one behind the other"
             )
-        if not (self.has_fold or self.has_post or self.has_kv or self.has_tokens):
+        if not (self.has_fold or self.has_post or self.has_kv or self.has_tokens or self.has_embed):
             names = ", ".join(getattr(p, "name", type(p).__name__) for p in parts)
             raise ValueError(
                 f"{self.site.name}: {names} cannot meet in {op}: one changes the site's input and has no fold; "
@@ -440,13 +496,17 @@ class Meet(Delta):
         found = [cast(p, batch.dtype).tokens(batch) for p in self._parts if p.has_tokens]
         return torch.cat([t.expand(batch.shape[0], -1, -1) for t in found], 1)  # (1, P, D) beside (B, P, D)
 
+    def embed(self, batch: Tensor, places: Tensor) -> Tensor:
+        """What the parts change of the embedded input, added up."""
+        from .runtime import cast
+
+        moved = [cast(p, batch.dtype).embed(batch, places) - batch for p in self._parts if p.has_embed]
+        return torch.stack([batch, *moved]).sum(0)
+
 
 def shared_tensor(key: str, delta: Method) -> Tensor:
     """The tensor that `delta` shares with others under the slot `key`."""
-    tensors, keys = delta.__dict__["_bank"]
-    value = tensors.tensor(keys[key])
-    assert isinstance(value, Tensor)
-    return value
+    return delta.bank_parameter(key)
 
 
 def _blank(cls: type[Method]) -> Method:

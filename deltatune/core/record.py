@@ -137,6 +137,7 @@ def refresh(model: nn.Module, record: Record) -> None:
     shifted = any(getattr(d, "shift", False) for d in leaves)
     carriers: set[str] = set()
     decoders: set[str] = set()
+    encoders: set[str] = set()
     table = all_sites(model) if readers or lengthened or shifted else ()
     shifts = tokens.shifts_of(dict(walk(model)), table, by_name) if shifted else {}
     for site in table:
@@ -144,6 +145,8 @@ def refresh(model: nn.Module, record: Record) -> None:
             carriers.add(site.module)
         if lengthened and site.kind == "input" and site.stack == "decoder":
             decoders.add(site.module)
+        if readers and site.kind == "input" and site.stack == "encoder":  # `generate` runs it by itself
+            encoders.add(site.module)
     for name, module in walk(model):
         if name in carriers:
             module.__dict__["_deltatune_frame"] = frame
@@ -156,7 +159,11 @@ def refresh(model: nn.Module, record: Record) -> None:
         elif module.__dict__.pop("_deltatune_shift", None) is not None and "deltas" not in module._modules:
             module.__dict__.pop("_deltatune_positions", None)
         layers = type(module).__dict__.get("_deltatune_class", (None, ()))[1]
-        if name in decoders or name in shifts:
+        if name in encoders:
+            module.__dict__["_deltatune_encoder"] = frame
+        else:
+            module.__dict__.pop("_deltatune_encoder", None)
+        if name in decoders or name in shifts or name in encoders:
             swap(module, name, add=("input",))
         elif "input" in layers and "deltas" not in module._modules:
             swap(module, name, drop=("input",))

@@ -23,10 +23,12 @@ from torch import Tensor, nn
 
 from . import base
 from .method import Delta
+from .site import Site
 
 # package -> what to do once it is loaded and a model is attached or unpickled; `deltatune/__init__.py` fills it
 INTEGRATIONS: dict[str, Callable[[], None]] = {}
 ATTENDS: list[Callable[[nn.Module], bool]] = []  # does this attention look for learned keys and values?
+KEEPS: list[Callable[..., tuple[Tensor, Tensor]]] = []  # who appends a site's own keys and values to a cache
 ATTACHED: list[Callable[[nn.Module], None]] = []  # what integrations do to a model once an adapter stands on it
 
 
@@ -48,7 +50,10 @@ class Call:
     decoder_attention_mask: Tensor | None = None
     adapter_ids: Tensor | None = None  # (B), which adapter a row asks for
     task_ids: Tensor | None = None  # (B)
+    labels: Tensor | None = None
     n_past: Any = 0  # tokens that lie in the cache: the others of their rows are not in this call
+    cache: Any = None
+    n_given: int | None = None  # in `generate`, columns that were there at its start
 
     def mask(self, stack: str = "") -> Tensor | None:
         """The (B, T) attention mask on that side of an encoder-decoder, or of the only side."""
@@ -58,8 +63,45 @@ class Call:
         """The (B, T) input ids on that side of an encoder-decoder, or of the only side."""
         return self.decoder_input_ids if stack == "decoder" else self.input_ids
 
+    def given(self, length: int, site: Site, device: torch.device) -> Tensor:
+        """(B or 1, T), the real tokens of a row that are given and not asked for: what a feature of the whole row may read.
 
-CALL_FIELDS = tuple(name for name in Call.__dataclass_fields__ if name != "n_past")
+        On a causal stack those are the ones without a label, in `generate` the prompt; a feature that saw the others would
+        learn the answers. Raises ValueError where a row has none, or where they are not all in this call.
+        """
+        mask = self.mask(site.stack)
+        if self.n_past or mask is not None and mask.shape[1:] != (length,):
+            raise ValueError(
+                f"{site.name or 'the model'}: whole rows of {length} tokens under a (B, T) mask are needed here, and this "
+                f"call has a part of them or another mask"
+            )
+        real = torch.ones(1, length, dtype=torch.bool, device=device) if mask is None else mask != 0
+        if site.is_causal is not False:
+            labels = self.labels
+            if self.n_given is not None:
+                real = real & (torch.arange(length, device=device) < self.n_given)
+            elif (
+                labels is not None and labels.ndim == 2 and labels.shape[1] == length and not labels.is_floating_point()
+            ):
+                real = real & (labels == -100)
+        if not torch.compiler.is_compiling() and bool((empty := ~real.any(1)).any()):
+            raise ValueError(
+                f"{site.name or 'the model'}: row {int(empty.nonzero()[0])} has no token that is given and not asked for; set "
+                f"the labels of its prompt to -100"
+            )
+        return real
+
+    def keep(self, site: Site, key: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """`a` and `b` (B, H, T, D) behind those of earlier calls of one generation; themselves where there is no cache.
+
+        They lie in the cache beside the backbone's own keys and values, so that beams reorder them too.
+        """
+        if self.cache is None or site.stack == "encoder":
+            return a, b
+        return KEEPS[0](self.cache, site, key, a, b)
+
+
+CALL_FIELDS = tuple(name for name in Call.__dataclass_fields__ if name not in ("n_past", "cache", "n_given"))
 OWN_FIELDS = ("adapter_ids", "task_ids")  # the model's own forward knows nothing of these
 
 
@@ -71,6 +113,7 @@ class Frame:
     stash: dict[str, Tensor] = field(default_factory=dict)  # the inputs of spans, from entry to exit
     readers: int = 0  # deltas that read the call
     wanted: frozenset[str] = frozenset()  # of OWN_FIELDS, those that some delta reads
+    n_given: int | None = None  # while `generate` runs, columns that were there at its start
 
 
 @dataclass(slots=True)
@@ -181,6 +224,35 @@ def adapted(
     return (head, *y[1:]) if isinstance(y, tuple) else head
 
 
+class Inside:
+    """What is inside a delta that stands around it: a function of `x`, and at a block of the block's other arguments too.
+
+    A call gives the first output, the hidden states; what else a block gives is kept in `tail`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        inner: Sequence[Delta],
+        within: Sequence[Delta],
+        rest: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.module, self.forward, self.inner, self.within = module, forward, inner, within
+        self.rest, self.kwargs = rest, kwargs
+        self.tail: tuple[Any, ...] | None = None
+
+    def __call__(self, x: Tensor, given: dict[str, Any] | None = None) -> Tensor:
+        """The layer and all inside on `x`; `given` are its other arguments by name, instead of those of the call."""
+        rest, kwargs = (self.rest, self.kwargs) if given is None else ((), given)
+        y = _onion(self.module, self.forward, self.inner, self.within, rest, kwargs, x)
+        if isinstance(y, tuple):
+            y, self.tail = y[0], y[1:]
+        assert isinstance(y, Tensor)
+        return y
+
+
 def _onion(
     module: nn.Module,
     forward: Callable[..., Any],
@@ -190,18 +262,21 @@ def _onion(
     kwargs: dict[str, Any],
     x: Tensor,
 ) -> Any:
-    """`adapted` where a delta runs what is inside it itself; such layers give one tensor."""
+    """`adapted` where a delta runs what is inside it itself."""
     if not outer:
         return base.apply(module, forward, inner, x, rest, kwargs) if inner else forward(module, x, *rest, **kwargs)
     *within, delta = outer
-    run = functools.partial(_onion, module, forward, inner, within, rest, kwargs)
+    run = Inside(module, forward, inner, within, rest, kwargs)
     seen = cast(delta, x.dtype)
     if delta.has_around:
-        return seen.around(x, run)
-    if delta.has_pre:
-        x = seen.pre(x)
-    y = run(x)
-    return post(delta, y, x) if delta.has_post and delta.fast else y
+        y = seen.around(x, run)
+    else:
+        if delta.has_pre and delta.site.entry is None:
+            x = seen.pre(x)
+        y = run(x)
+        if delta.has_post and delta.fast and delta.site.leave is None:
+            y = post(delta, y, x)
+    return y if run.tail is None else (y, *run.tail)
 
 
 class Tap(Delta):
@@ -303,11 +378,12 @@ def block_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any
     return block_forward
 
 
-def call_of(known: Mapping[str, Any]) -> Call:
+def call_of(known: Mapping[str, Any], frame: Frame) -> Call:
     """The record of a forward that was given these arguments."""
-    past = getattr(known.get("past_key_values"), "get_seq_length", None)
+    cache = known.get("past_key_values")
+    past = getattr(cache, "get_seq_length", None)
     given = {n: v for n in CALL_FIELDS if isinstance(v := known.get(n), Tensor)}
-    return Call(**given, n_past=0 if past is None else past())
+    return Call(**given, n_past=0 if past is None else past(), cache=cache, n_given=frame.n_given)
 
 
 @layer("root")
@@ -335,7 +411,7 @@ def root_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any]
         known = {**dict(zip(names, args, strict=False)), **kwargs, **own}
         before = frame.call
         if before is None:  # else a bare backbone, whose own soft tokens stand around this and know what was given
-            frame.call = call_of(known)
+            frame.call = call_of(known, frame)
         try:
             return forward(self, *args, **kwargs)
         finally:

@@ -39,17 +39,18 @@ class Schedule:
 
     def groups(self, lr: float, weight_decay: float = 0.0, head_lr: float | None = None) -> list[dict[str, Any]]:
         """The optimiser's parameter groups: vectors take no weight decay, the task head its own rate where one is given."""
-        heads = {id(p) for p in self.adapter.head_parameters()}
-        parts: dict[tuple[bool, bool], list[Tensor]] = {}
+        heads, factors = {id(p) for p in self.adapter.head_parameters()}, self.adapter.lr_factors()
+        parts: dict[tuple[bool, bool, float], list[Tensor]] = {}
         for p in self.adapter.parameters():
-            parts.setdefault((id(p) in heads, p.ndim > 1), []).append(p)
+            parts.setdefault((id(p) in heads, p.ndim > 1, factors.get(id(p), 1.0)), []).append(p)
         return [
             {
                 "params": ps,
-                "lr": head_lr if of_head and head_lr is not None else lr,
+                "lr": factor * (head_lr if of_head and head_lr is not None else lr),
                 "weight_decay": weight_decay if matrix else 0.0,
+                "factor": factor,
             }
-            for (of_head, matrix), ps in parts.items()
+            for (of_head, matrix, factor), ps in parts.items()
         ]
 
     def begin(self, optimizer: torch.optim.Optimizer, n_steps: int, n_micro: int = 1) -> None:
@@ -63,12 +64,12 @@ class Schedule:
                 f"adapter {self.adapter.name!r}: {type(self).__name__} looks at data first; call "
                 f"adapter.calibrate(batches) before training"
             )
-        if self.needs_groups:
-            have = {frozenset(map(id, g["params"])) for g in optimizer.param_groups}
-            want = [frozenset(map(id, g["params"])) for g in self.groups(1.0)]
+        if self.needs_groups or self.adapter.lr_factors():
+            have = {(frozenset(map(id, g["params"])), g.get("factor")) for g in optimizer.param_groups}
+            want = [(frozenset(map(id, g["params"])), g.get("factor")) for g in self.groups(1.0)]
             if not all(w in have for w in want):
                 raise ValueError(
-                    f"adapter {self.adapter.name!r}: {type(self).__name__} sets its own parameter groups; build the "
+                    f"adapter {self.adapter.name!r}: its method sets parameter groups of its own; build the "
                     f"optimiser from adapter.groups(lr, weight_decay)"
                 )
 

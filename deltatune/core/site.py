@@ -91,9 +91,10 @@ class Site:
     is_last: bool = False  # of a norm, whether its output is the block's
     is_middle: bool = False  # of a norm, whether it stands behind the attention's residual add
     is_causal: bool | None = (
-        None  # of that norm and an attention's span, whether no token sees a later one; None: not known
+        None  # of that norm, an attention, a block, an input: no token sees a later one; None: not known
     )
     patches: bool = False  # of a block: its stack reads an image's patches
+    n_layers: int = 0  # how many blocks its stack has; 0 outside of stacks
 
     @property
     def n_weights(self) -> int:
@@ -133,13 +134,18 @@ def all_sites(model: nn.Module) -> tuple[Site, ...]:
         size = _width(inside[stack.blocks[0]])
         if embed:
             size = embed.d_in if embed.kind == "embedding" else embed.d_out
-        found[owner].append(Site(owner, owner, "input", "input", None, size, size, False, stack.name))
         patches = embed is not None and embed.kind == "conv2d" and _mixes_all(stack, modules, inside)
+        causal: bool | None = None
         for i, block in enumerate(stack.blocks):
-            for site in _inside(block, i, stack.name, modules, inside[block]):
-                if site.kind == "block" and patches:
-                    site = replace(site, patches=True)
+            here = list(_inside(block, i, stack.name, modules, inside[block]))
+            causal = next((site.is_causal for site in here if site.role == "attn"), None)
+            for site in here:
+                site = replace(site, n_layers=len(stack.blocks))
+                if site.kind == "block":
+                    site = replace(site, patches=patches, is_causal=causal)
                 found[block if site.kind == "span" else site.module].append(site)
+        whole = Site(owner, owner, "input", "input", None, size, size, False, stack.name)
+        found[owner].insert(0, replace(whole, is_causal=causal, n_layers=len(stack.blocks)))
     for leaf in outside:
         found[leaf.module].append(leaf)
     return tuple(site for here in found.values() for site in here)
@@ -464,7 +470,8 @@ def _inside(block: str, layer: int, stack: str, modules: dict[str, nn.Module], l
         core = _parent(first.module)
         n_kv, d_head, is_ordered = _heads(modules[core], own)
         if "qkv" in own or {"k", "v"} <= own.keys():
-            yield Site(core, core, "attention", kind, *wide, n_kv_heads=n_kv, d_head=d_head)
+            causal = is_causal[kind]
+            yield Site(core, core, "attention", kind, *wide, n_kv_heads=n_kv, d_head=d_head, is_causal=causal)
         if "qkv" in own and is_ordered:
             heads[first.name] = (n_kv, d_head)
         roles |= {leaf.name: f"{kind}.{role}" for role, leaf in own.items()}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .base import own_class
 from .compose import parts_of
 from .method import Delta
-from .runtime import OWN_FIELDS, Switch, call_of, cast, layer
+from .runtime import OWN_FIELDS, Frame, Switch, call_of, cast, layer
 from .site import Site
 
 _LENGTHENED = ("last_hidden_state", "hidden_states")
@@ -26,6 +26,8 @@ _LENGTHENED = ("last_hidden_state", "hidden_states")
 def soft_tokens(live: list[Delta], embedded: Tensor) -> Tensor:
     """(B, P, D): every live delta's tokens for the embedded batch (B, T, D), the innermost nearest to the input."""
     parts = [cast(d, embedded.dtype).tokens(embedded).to(embedded.dtype) for d in reversed(live)]
+    if not parts:
+        return embedded[:, :0]
     return torch.cat([p.expand(embedded.shape[0], -1, -1) for p in parts], 1)
 
 
@@ -143,7 +145,7 @@ def input_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any
     @functools.wraps(forward)
     def input_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         deltas = self.deltas.values() if "deltas" in self._modules else ()  # type: ignore[operator]
-        live = [d for d in deltas if d.switch.on and d.has_tokens]
+        live = [d for d in deltas if d.switch.on and (d.has_tokens or d.has_embed)]
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         states, cross = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
         if states is not None and cross is not None and cross.ndim == 2 and states.shape[1] > cross.shape[1]:
@@ -154,20 +156,34 @@ def input_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any
             if getattr(kwargs.get("past_key_values"), "is_compileable", False):
                 raise ValueError(f"{cls.__name__}: shift with relative positions does not run with a static cache")
             moved = 0  # the attention itself adds them
-        if not live and not moved:
-            return forward(self, **kwargs)
-        frame = live[0].frame if live else None
-        if frame is None or not frame.readers or frame.call is not None or live[0].site.stack == "decoder":
-            return _lengthened(self, forward, live, moved, kwargs, cls.__name__)
+        run = functools.partial(_lengthened, self, forward, live, moved) if live or moved else _plain(self, forward)
+        frame: Frame | None = live[0].frame if live else self.__dict__.get("_deltatune_encoder")
+        if frame is None or not frame.readers or frame.call is not None or live and live[0].site.stack == "decoder":
+            return run(kwargs, cls.__name__)
         # no model's own forward around it: `generate` runs an encoder by itself, and a bare backbone is its own root
         own = {n: kwargs.pop(n) for n in OWN_FIELDS if n in kwargs}
-        frame.call = call_of({**kwargs, **own})
+        frame.call = call_of({**kwargs, **own}, frame)
         try:
-            return _lengthened(self, forward, live, moved, kwargs, cls.__name__)
+            return run(kwargs, cls.__name__)
         finally:
             frame.call = None
+            frame.stash.clear()
 
     return input_forward
+
+
+def _plain(self: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda kwargs, where: forward(self, **kwargs)
+
+
+def _places(kwargs: Mapping[str, Any], length: int, n_past: int, n: int, device: torch.device, where: str) -> Tensor:
+    """(1 or B, T), which of its row's real tokens each is, from 0; of `n_past` tokens in the cache the first `n` are soft."""
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return (torch.arange(length, device=device) + max(n_past - n, 0))[None]
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        raise ValueError(f"{where}: the places of tokens are read from a (B, T) attention mask, not from this one")
+    return ((mask != 0).long().cumsum(1) - 1).clamp_min(0)[:, -length:]
 
 
 def _lengthened(
@@ -186,8 +202,17 @@ def _lengthened(
             refuse_packed(kwargs, where)
         if embedded is None:
             own = self.get_input_embeddings()(ids)  # type: ignore[operator]
-        front = soft_tokens(live, own)
+        front = soft_tokens([d for d in live if d.has_tokens], own)
         n = front.shape[1]
+        changing = [d for d in live if d.has_embed]
+        if changing:
+            places = _places(kwargs, length, n_past, n, own.device, where)
+            for delta in reversed(changing):  # the outermost first, as of any site's input
+                own = cast(delta, own.dtype).embed(own, places)
+            by_ids = hasattr(getattr(self, "embeddings", None), "create_position_ids_from_input_ids")
+            if by_ids and not n and kwargs.get("position_ids") is None:  # RoBERTa counts real tokens where it sees ids
+                kwargs["position_ids"] = _default_positions(self, kwargs, length, n_past)
+            kwargs["input_ids"], kwargs["inputs_embeds"] = None, own
     limit = self.__dict__.get("_deltatune_positions")
     if prefill and limit is not None and moved + n + length > limit:
         what = f"{n} soft tokens" if not moved else f"{moved + n} learned positions"
@@ -214,7 +239,7 @@ def _lengthened(
             at = _default_positions(self, kwargs, length + (n if prefill else 0), n_past)
         kwargs["position_ids"] = at + moved
     out = forward(self, **kwargs)
-    if not (live and prefill) or live[0].site.stack == "encoder":
+    if not (n and prefill) or live[0].site.stack == "encoder":
         return out
     pooled = {bool(getattr(part, "pooled", False)) for d in live for part in parts_of(d) if part.has_tokens}
     if len(pooled) > 1:

@@ -22,7 +22,8 @@ class TinyAttention(Method, name="tiny_attention"):
     """y' = y + U MHA(W LN(y) + c) + e, W the queries, keys and values of tiny heads, in front of the MLP; near 0 at the start.
 
     y is what the norm behind the attention gives, where one stands there, else what the attention adds to the residual stream.
-    It attends to real tokens alone, on decoders to no later ones.
+    It attends to real tokens alone, on decoders to no later ones. `average` makes one head of all at inference, the mean of
+    their queries, keys and values and the sum of what they write, so that equal heads are averaged into themselves.
     """
 
     paper = "2211.01979"
@@ -38,6 +39,7 @@ class TinyAttention(Method, name="tiny_attention"):
     n_heads: int = 1  # how many heads
     width: int = 1  # of a head
     dropout: float = 0.1  # share of the attention's weights that is dropped while training
+    average: bool = False  # at inference all heads are averaged into one
     gain: Tensor = param("d_out", ones)
     offset: Tensor = param("d_out")
     qkv: Tensor = param("3*n_heads*width d_out", kaiming)
@@ -55,24 +57,47 @@ class TinyAttention(Method, name="tiny_attention"):
         super().build(base, dtype)
 
     def post(self, y, x):
-        h = F.linear(F.layer_norm(y, y.shape[-1:], self.gain, self.offset), self.qkv, self.qkv_bias)
-        q, k, v = h.unflatten(-1, (3, self.n_heads, self.width)).permute(2, 0, 3, 1, 4)
-        a = F.scaled_dot_product_attention(q, k, v, self.seen(y), self.dropout if self.training else 0.0)
-        return y + F.linear(a.transpose(1, 2).flatten(2), self.up, self.up_bias)
+        qkv, bias, up = self.heads()
+        h = F.linear(F.layer_norm(y, y.shape[-1:], self.gain, self.offset), qkv, bias)
+        q, k, v = h.unflatten(-1, (3, -1, self.width)).permute(2, 0, 3, 1, 4)
+        k, v = self.call.keep(self.site, str(id(self.exact)), k, v)
+        seen = attended(self.call, self.site, q.shape[2], k.shape[2], y.device)
+        a = F.scaled_dot_product_attention(q, k, v, seen, self.dropout if self.training else 0.0)
+        return y + F.linear(a.transpose(1, 2).flatten(2), up, self.up_bias)
 
-    def seen(self, y):
-        """(B or 1, 1, T, T), who sees whom; a padded token sees itself too, soft tokens in front are real. None: all see all."""
-        mask, length = self.call.mask(self.site.stack), y.shape[1]
-        if self.call.n_past or mask is not None and (mask.ndim != 2 or mask.shape[1] > length):
-            raise ValueError(
-                f"{self.site.name}: tiny_attention attends to whole rows under a (B, T) mask, and this call has a part of them "
-                f"or another mask; generate with use_cache=False"
-            )
-        if mask is None and not self.site.is_causal:
-            return None
-        seen = torch.ones(length, length, dtype=torch.bool, device=y.device)
-        seen = (seen.tril() if self.site.is_causal else seen)[None, None]
-        if mask is None:
-            return seen
-        real = F.pad(mask != 0, (length - mask.shape[1], 0), value=True)[:, None, None]
-        return seen & real | torch.eye(length, dtype=torch.bool, device=y.device)
+    def heads(self):
+        """Weights (3 h w, d), (3 h w) and (d, h w) of the heads that run."""
+        if self.training or not self.average:
+            return self.qkv, self.qkv_bias, self.up
+        each = (3, self.n_heads, self.width)
+        qkv, bias = (
+            self.qkv.unflatten(0, each).mean(1).flatten(0, 1),
+            self.qkv_bias.unflatten(0, each).mean(1).flatten(),
+        )
+        return qkv, bias, self.up.unflatten(1, each[1:]).sum(1)
+
+    def finished(self, leaf):
+        if not self.average:
+            return super().finished(leaf)
+        self.eval()
+        qkv, bias, up = self.heads()
+        return leaf.changed(n_heads=1, average=False), {**self.state_dict(), "qkv": qkv, "qkv_bias": bias, "up": up}
+
+
+def attended(call, site, n_queries, n_keys, device):
+    """(B or 1, 1, Q, K), who sees whom; a padded token sees itself too, soft tokens in front are real. None: all see all."""
+    mask = call.mask(site.stack)
+    if mask is not None and (mask.ndim != 2 or mask.shape[1] > n_keys):
+        raise ValueError(
+            f"{site.name}: what attends here sees whole rows of {n_keys} tokens under a (B, T) mask, and this call has another "
+            f"mask or a part of them; generate with a dynamic cache, or with use_cache=False"
+        )
+    if mask is None and not site.is_causal:
+        return None
+    seen = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
+    own = torch.eye(n_keys, dtype=torch.bool, device=device)[n_keys - n_queries :]
+    seen = (seen.tril(n_keys - n_queries) if site.is_causal else seen)[None, None]
+    if mask is None:
+        return seen
+    real = F.pad(mask != 0, (n_keys - mask.shape[1], 0), value=True)[:, None, None]
+    return seen & real | own

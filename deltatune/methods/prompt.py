@@ -127,15 +127,3 @@ class MPT(PromptTuning, name="mpt"):
     def tokens(self, batch):
         own, task = self.exact, self.tasks(batch.shape[0], batch.device)
         return own.prompt * (own.u[task] @ own.v[task])
-
-    def tasks(self, n_rows, device):
-        """(B), the number of each row's task. Raises ValueError where it is missing or is not one of them."""
-        ids, at = self.call.task_ids, self.site.name or "the model"
-        if ids is None and self.n_tasks == 1:
-            return torch.zeros(n_rows, dtype=torch.long, device=device)
-        if ids is None or ids.shape != (n_rows,):
-            got = "none" if ids is None else tuple(ids.shape)
-            raise ValueError(f"{at}: mpt with {self.n_tasks} tasks needs task_ids of shape ({n_rows},), got {got}")
-        if not torch.compiler.is_compiling() and (wrong := ids[(ids < 0) | (ids >= self.n_tasks)]).numel():
-            raise ValueError(f"{at}: task id {int(wrong[0])}, but mpt has the tasks 0 to {self.n_tasks - 1}")
-        return ids

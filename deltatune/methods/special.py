@@ -11,7 +11,8 @@ from ..core.method import Method, param
 class PASTA(Method, name="pasta"):
     """h_p' = h_p + e_i at the position p of a row's i-th special token, in front of every block; e near 0 at the start.
 
-    Without `ids` a row's special tokens are its first and its last real one. One behind the n-th stays as it is.
+    Without `ids` a row's special tokens are its first and its last real one; on a causal stack the last of its prompt, which are
+    the tokens without a label, in `generate` those that it began with. One behind the n-th stays as it is.
     """
 
     paper = "2210.04382"
@@ -37,19 +38,24 @@ class PASTA(Method, name="pasta"):
 
     def order(self, length):
         """(B, T), i for the i-th special token of its row, 0 for what is none; soft tokens in front are none."""
-        ids, mask = self.call.ids(self.site.stack), self.call.mask(self.site.stack)
+        call, ids = self.call, self.call.ids(self.site.stack)
         if ids is None:
             raise ValueError(f"{self.site.name}: pasta looks for special tokens, and the call has no input_ids")
-        real = torch.ones_like(ids) if mask is None else (mask != 0).long()
-        if self.call.n_past or real.shape != ids.shape:
-            raise ValueError(
-                f"{self.site.name}: pasta looks for special tokens in whole rows under a (B, T) mask, and this call has a part "
-                f"of them or another mask; generate with use_cache=False"
-            )
-        if self.ids:
-            hit = torch.isin(ids, torch.tensor(self.ids, device=ids.device)) & (real == 1)
+        if not self.ids:
+            if call.n_past and self.site.stack != "encoder":  # what is generated is no part of the prompt
+                return ids.new_zeros(ids.shape[0], length)
+            count = call.given(ids.shape[1], self.site, ids.device).long().cumsum(1)
+            first_or_last = (count == 1) | (count == count[:, -1:])
+            hit = (first_or_last & (count.diff(dim=1, prepend=torch.zeros_like(count[:, :1])) > 0)).expand(ids.shape)
+            order = hit.cumsum(1) * hit
         else:
-            count = real.cumsum(1)
-            hit = (real == 1) & ((count == 1) | (count == count[:, -1:]))
-        order = hit.cumsum(1) * hit
+            mask = call.mask(self.site.stack)
+            hit = torch.isin(ids, torch.tensor(self.ids, device=ids.device))
+            if mask is not None and mask.ndim == 2:
+                hit = hit & (mask[:, -ids.shape[1] :] != 0)
+            marks = hit[:, None, :, None].float()
+            order = (
+                call.keep(self.site, str(id(self)), marks, marks)[0][:, 0, :, 0].cumsum(1).long()[:, -ids.shape[1] :]
+                * hit
+            )
         return F.pad(order.where(order <= self.n, 0), (length - ids.shape[1], 0))

@@ -11,25 +11,7 @@ from torch import Tensor
 from ..core import bits, shapes
 from ..core.inits import normal, uniform
 from ..core.method import Method, Slot, bank, fixed, param, shared_tensor
-from ..core.schedule import Schedule
 from . import bottleneck, lora
-
-
-class ScoreGroups(Schedule):
-    """The scores behind the masks have a learning rate of their own, a multiple of the prototypes'."""
-
-    needs_groups = True
-
-    def groups(self, lr, weight_decay=0.0, head_lr=None):
-        factors = {
-            id(p): d.score_lr for d in self.adapter.deltas.values() if isinstance(d, ProPELT) for p in d.parameters()
-        }
-        found = []
-        for g in super().groups(lr, weight_decay, head_lr):
-            for factor in sorted({factors.get(id(p), 0.0) for p in g["params"]}, reverse=True):
-                params = [p for p in g["params"] if factors.get(id(p), 0.0) == factor]
-                found.append({**g, "params": params, "lr": g["lr"] * (factor or 1.0)})
-        return found
 
 
 class ProPELT(Method):
@@ -41,7 +23,6 @@ class ProPELT(Method):
 
     paper = "2305.17682"
     category = "unified"
-    schedule = ScoreGroups
     fan: ClassVar[int] = -1  # the dimension of a matrix whose size sets the spread of its scores
     score_lr: ClassVar[float] = 1.0  # learning rate of the scores, as a multiple
     keep: float = 0.5  # share of the entries that a mask keeps
@@ -75,7 +56,7 @@ class ProPELT(Method):
         size = shape.replace(" ", "*")
         if config.masks == "fixed":
             return {f"{key}bits": fixed(f"({size}+7)//8", partial(_random_bits, size))}
-        return {f"{key}score": param(shape, partial(_scores, cls.fan))}
+        return {f"{key}score": param(shape, partial(_scores, cls.fan), lr="score_lr")}
 
     def mask(self, key, shape):
         """The 0 and 1 of one masked tensor."""

@@ -306,7 +306,7 @@ def test_d_has_its_own_groups() -> None:
     schedule = adapter.schedule
     assert schedule.needs_groups and schedule.needs_data
     with pytest.raises(
-        ValueError, match=r"FisherMask sets its own parameter groups; build the optimiser from adapter\.groups"
+        ValueError, match=r"its method sets parameter groups of its own; build the optimiser from adapter\.groups"
     ):
         schedule.begin(torch.optim.AdamW(adapter.parameters(), weight_decay=0.1), 3)
 

@@ -116,24 +116,26 @@ def test_what_it_refuses() -> None:
     embedded = model.get_input_embeddings()(rows["input_ids"])
     with pytest.raises(ValueError, match="no input_ids"):
         model(inputs_embeds=embedded, attention_mask=rows["attention_mask"])
-    with pytest.raises(ValueError, match="use_cache=False"):
+    with pytest.raises(ValueError, match="a part of them"):
         model(rows["input_ids"][:, -1:], attention_mask=rows["attention_mask"])
 
 
-def test_a_decoder_generates_without_a_cache() -> None:
-    """What a row's special tokens are changes as it grows; with a cache the earlier ones could not."""
+@pytest.mark.parametrize("ids_of", [(), tuple(range(2, 30, 2))])
+@pytest.mark.parametrize("n_beams", [1, 3])
+def test_a_decoder_generates_with_a_cache_as_without(ids_of: tuple[int, ...], n_beams: int) -> None:
+    """What is generated has no special tokens, unless they are given by their ids; then earlier ones count."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 30, "hidden_size": D, "intermediate_size": 24, "num_hidden_layers": LAYERS}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).eval()
-    adapter = dt.attach(model, "pasta", head=None)
+    adapter = dt.attach(model, "pasta", head=None, ids=ids_of, n=30)
     with torch.no_grad():
-        for p in adapter.parameters():
+        for p in (*adapter.parameters(), model.lm_head.weight):
             p.add_(torch.randn_like(p))
-    ids = torch.tensor([[3, 4, 5, 6, 7]])
-    said = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=False, max_new_tokens=3, do_sample=False)
-    step = ids
-    for _ in range(3):
-        step = torch.cat([step, model(step).logits[:, -1:].argmax(-1)], 1)
-    assert torch.equal(said, step)
-    with pytest.raises(ValueError, match="use_cache=False"):
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3)
+    ids = torch.tensor([[3, 4, 5, 6, 7], [0, 0, 5, 5, 9]])
+    options: dict[str, Any] = {"attention_mask": (ids != 0).long(), "max_new_tokens": 12, "num_beams": n_beams}
+    said = model.generate(ids, use_cache=False, do_sample=False, **options)
+    assert torch.equal(model.generate(ids, use_cache=True, do_sample=False, **options), said)
+    with adapter.disabled():
+        assert not torch.equal(model.generate(ids, use_cache=True, do_sample=False, **options), said)
+    if ids_of:
+        assert any(i in said[:, 5:] for i in ids_of), "no special token was generated: the test looks at nothing"

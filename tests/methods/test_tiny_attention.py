@@ -1,5 +1,6 @@
 """Tiny attention against torch's own `MultiheadAttention` in the paper's place; on decoders; what it refuses."""
 
+import tempfile
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import (
     BertModel,
     BloomConfig,
     BloomModel,
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     ViTConfig,
@@ -136,13 +138,62 @@ def test_on_a_decoder_no_token_sees_a_later_one() -> None:
     assert (moved[:, 2] - two[:, 2]).abs().max() > 1e-3
     with adapter.disabled():
         assert (model(ids, use_cache=False).logits - one).abs().max() > 1e-2
-    said = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=False, max_new_tokens=3, do_sample=False)
-    step = ids
-    for _ in range(3):
-        step = torch.cat([step, model(step, use_cache=False).logits[:, -1:].argmax(-1)], 1)
-    assert torch.equal(said, step)
-    with pytest.raises(ValueError, match="use_cache=False"):
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3)
+
+
+@pytest.mark.parametrize("n_beams", [1, 3])
+def test_a_decoder_generates_with_a_cache_as_without(n_beams: int) -> None:
+    """Its keys and values lie in the cache; two adapters keep theirs apart, and a dynamic cache without sizes serves too."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    for name in ("one", "two"):
+        adapter = dt.attach(model, "tiny_attention", name=name, head=None, width=3, n_heads=2)
+        with torch.no_grad():
+            for p in adapter.parameters():
+                p.add_(torch.randn_like(p))
+    ids = torch.tensor([[3, 4, 5, 6, 7], [0, 0, 5, 5, 9]])
+    options: dict[str, Any] = {"attention_mask": (ids != 0).long(), "max_new_tokens": 6, "num_beams": n_beams}
+    said = model.generate(ids, use_cache=False, do_sample=False, **options)
+    assert torch.equal(model.generate(ids, use_cache=True, do_sample=False, **options), said)
+    assert torch.equal(model.generate(ids, past_key_values=DynamicCache(), do_sample=False, **options), said)
+    with adapter.disabled():
+        assert not torch.equal(model.generate(ids, do_sample=False, **options), said)
+    with pytest.raises(ValueError, match="dynamic cache"):
+        model.generate(ids, cache_implementation="static", **options)
+
+
+def test_heads_are_averaged_at_inference() -> None:
+    """One head of the means in eval mode and in the file; equal heads are averaged into themselves."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    adapter = dt.attach(model, "tiny_attention", head=None, width=2, n_heads=4, average=True, dropout=0.0)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(torch.randn_like(p))
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+
+    def one(train: bool) -> torch.Tensor:
+        for delta in adapter.deltas.values():
+            delta.train(train)
+        with torch.no_grad():
+            return model(ids).logits
+
+    assert (one(True) - one(False)).abs().max() > 1e-3
+    with tempfile.TemporaryDirectory() as folder:
+        adapter.save(folder)
+        want = one(False)
+        adapter.detach()
+        loaded = dt.load(model, folder)
+        torch.testing.assert_close(model(ids).logits, want)
+        assert {d.config.n_heads for d in loaded.deltas.values()} == {1}
+        loaded.detach()
+    adapter = dt.attach(model, "tiny_attention", head=None, width=2, n_heads=4, average=True, dropout=0.0)
+    with torch.no_grad():
+        for delta in adapter.deltas.values():
+            for key, lead in (("qkv", (3, 4, 2)), ("qkv_bias", (3, 4, 2))):
+                p = getattr(delta, key)
+                p.copy_(torch.randn(3, 1, 2, *p.shape[1:]).expand(*lead, *p.shape[1:]).reshape(p.shape))
+            delta.up.copy_(torch.randn(D, 1, 2).expand(D, 4, 2).reshape(D, 8))
+    torch.testing.assert_close(one(True), one(False))
 
 
 def test_images_have_no_mask() -> None:
