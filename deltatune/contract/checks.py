@@ -177,7 +177,7 @@ class Trial:
 
     def leaf(self, **hyper: Any) -> Leaf:
         """The method with its defaults, each cut to its limit on the bed's small layers."""
-        if self.method.sources:
+        if self.method.sources and self.method.needs_sources:
             hyper.setdefault("sources", sources_for(self.method.sources, self.bed, self.dtype))
         if isinstance(self.method, Preset):
             return self.method(**hyper)  # type: ignore[return-value]

@@ -75,7 +75,7 @@ def attach(
         raise ValueError(f"head must be 'auto' or None, not {head!r}")
     tree = placed(tree, where_of(where), layer_numbers(layers))
     for _, leaf in tree.leaves():
-        if leaf.method.sources and leaf.start is None:
+        if leaf.method.sources and leaf.method.needs_sources and leaf.start is None:
             raise ValueError(
                 f"{leaf.method.name} is made of saved adapters, of {leaf.method.sources}; give it sources=[folder, ...]"
             )

@@ -234,6 +234,7 @@ class Preset:
     exceptions: Mapping[str, str] = with_default(default_factory=dict)  # contract check -> why it is exempt
     sources: str = ""  # the method whose saved adapters it is made of; then its function takes `sources`
     in_place: ClassVar[bool] = False
+    needs_sources: ClassVar[bool] = True
 
     def __call__(self, **hyper: Any) -> Tree:
         """The tree. Raises ValueError with the nearest name of an unknown hyperparameter."""

@@ -165,6 +165,7 @@ class Method(Delta):
     schedule: ClassVar["type[Schedule] | None"] = None
     live: ClassVar[tuple[str, ...]] = ()  # hyperparameters that no tensor depends on: `adapter.set` changes them
     sources: ClassVar[str] = ""  # the method whose saved adapters it is made of
+    needs_sources: ClassVar[bool] = True  # or can start without them
     exceptions: ClassVar[Mapping[str, str]] = {}  # contract check -> why this method is exempt
     slots: ClassVar[dict[str, Slot]] = {}
     Config: ClassVar[type]

@@ -112,18 +112,51 @@ class PTuningMLP(Encoded, name="p_tuning_mlp"):
 class MPT(PromptTuning, name="mpt"):
     """X' = [P o (U_k V_k); X]: one prompt for all tasks, and of each task k a low-rank factor.
 
-    The rows' tasks are the call's `task_ids`; with one task they may be left out.
+    The rows' tasks are the call's `task_ids`; with one task they may be left out. The paper trains the source tasks first, under
+    their own prompts as teachers (`train.distil`), and a target task from a saved `mpt` of them: `sources=[folder]`.
     """
 
     paper = "2303.02861"
+    sources = "mpt"
+    needs_sources = False
     reads_call = True
     reads = ("task_ids",)
     n_tasks: int = 1  # how many tasks
     r: int = 1  # rank of a task's factor
+    task_lr: float = 1.0  # learning rate of the tasks' factors, as a multiple; the paper's target tasks: 4/3
+    begin: Literal["average", "task", "shared"] = "average"  # from a source: its tasks' mean, one of them, or P alone
+    task: int = 0  # which of the source's tasks, for begin="task"
     prompt: Tensor = param("n d_in", normal(1.0))
-    u: Tensor = param("n_tasks n r", normal(0.02))
-    v: Tensor = param("n_tasks r d_in", normal(0.02))
+    u: Tensor = param("n_tasks n r", normal(0.02), lr="task_lr")
+    v: Tensor = param("n_tasks r d_in", normal(0.02), lr="task_lr")
 
     def tokens(self, batch):
         own, task = self.exact, self.tasks(batch.shape[0], batch.device)
         return own.prompt * (own.u[task] @ own.v[task])
+
+    @classmethod
+    def start(cls, adapter, path, sources):
+        if len(sources) != 1:
+            raise ValueError(f"mpt starts from one saved mpt, which holds all source tasks; {len(sources)} were given")
+        (source,) = sources
+        for (leaf, site), delta in adapter.deltas.items():
+            if leaf != path:
+                continue
+            kept = {key: source.tensors.get(f"0.{site}.{key}") for key in ("prompt", "u", "v")}
+            for key, value in kept.items():
+                own = getattr(delta, key)
+                if value is None or value.shape[-2:] != own.shape[-2:]:
+                    got = "none" if value is None else tuple(value.shape[-2:])
+                    raise ValueError(
+                        f"{site or 'the model'}: {key} of {source.folder} is {got}, here {tuple(own.shape[-2:])}"
+                    )
+            n = len(kept["u"])
+            if delta.begin == "task" and not 0 <= delta.task < n:
+                raise ValueError(
+                    f"{site or 'the model'}: task = {delta.task}, but {source.folder} has the tasks 0 to {n - 1}"
+                )
+            with torch.no_grad():
+                delta.prompt.copy_(kept["prompt"])
+                for key in ("u", "v") if delta.begin != "shared" else ():
+                    value = kept[key].mean(0) if delta.begin == "average" else kept[key][delta.task]
+                    getattr(delta, key).copy_(value.expand_as(getattr(delta, key)))

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..core.adapter import Adapter, adapters
 from ..core.schedule import Schedules
+from .distil import Distil
 
 SCHEDULES = "schedules.pt"
 CALIBRATION_ROWS = 1024  # what a method that looks at data before training is shown, at most
@@ -98,10 +99,22 @@ class ScheduleCallback(TrainerCallback):
 class AdapterTrainer(Trainer):
     """A Trainer whose optimiser comes from the adapters' groups and whose checkpoints hold adapters alone."""
 
-    def __init__(self, model: nn.Module, *args: Any, head_lr: float | None = None, **kwargs: Any) -> None:
-        self.events, self.head_lr = ScheduleCallback(model), head_lr
+    def __init__(
+        self, model: nn.Module, *args: Any, head_lr: float | None = None, distil: Distil | None = None, **kwargs: Any
+    ) -> None:
+        self.events, self.head_lr, self.distil = ScheduleCallback(model), head_lr, distil
+        if distil is not None:
+            distil.check(model)
         super().__init__(model, *args, **kwargs)
+        if distil is not None:  # its loss is a mean over the micro-batch, which the Trainer then scales itself
+            self.model_accepts_loss_kwargs = False
         self.add_callback(self.events)
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        if self.distil is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        loss, outputs = self.distil.loss(model, inputs, self.events.model)
+        return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

@@ -154,3 +154,61 @@ def test_save(tmp_path: Path) -> None:
     other = model_of("llama")
     dt.load(other, tmp_path)
     assert torch.equal(logits(other, **padded(), task_ids=IDS), logits(model, **padded(), task_ids=IDS))
+
+
+@pytest.mark.parametrize(
+    ("begin", "theirs"),
+    [("average", "AVERAGE_SOURCE_TASKS"), ("task", "EXACT_SOURCE_TASK"), ("shared", "ONLY_SOURCE_SHARED")],
+)
+def test_a_target_task_starts_as_in_hf_peft(begin: str, theirs: str, tmp_path: Path) -> None:
+    """From a saved mpt of four tasks: its mean task, its task 2, or its prompt alone."""
+    source = model_of("llama")
+    adapter = moved(mpt(source))
+    adapter.save(tmp_path / "ours")
+    own = {name.rpartition(".")[2]: p.detach() for name, p in adapter.named_parameters()}
+    torch.save(
+        {"prompt_embeddings": own["prompt"], "prefix_task_cols": own["u"], "prefix_task_rows": own["v"]},
+        tmp_path / "theirs.bin",
+    )
+    config = MultitaskPromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=N, num_tasks=1, num_ranks=2, prompt_tuning_init=theirs,
+        prompt_tuning_init_state_dict_path=str(tmp_path / "theirs.bin"), prompt_tuning_init_task=2,
+    )  # fmt: skip
+    want = get_peft_model(model_of("llama"), config).prompt_encoder["default"]
+    target = mpt(model_of("llama"), n_tasks=1, begin=begin, task=2, sources=[tmp_path / "ours"])
+    got = {name.rpartition(".")[2]: p for name, p in target.named_parameters()}
+    assert torch.equal(got["prompt"], want.embedding.weight)
+    if begin == "shared":
+        assert got["u"].abs().max() < 0.15 < own["u"].abs().max()
+    else:
+        near(got["u"], want.prefix_task_cols)
+        near(got["v"], want.prefix_task_rows)
+
+
+def test_factors_have_a_rate_of_their_own() -> None:
+    adapter = mpt(model_of("llama"), task_lr=4 / 3)
+    rates = {id(p): g["lr"] for g in adapter.groups(0.3) for p in g["params"]}
+    got = {name.rpartition(".")[2]: rates[id(p)] for name, p in adapter.named_parameters()}
+    assert got == {"prompt": pytest.approx(0.3), "u": pytest.approx(0.4), "v": pytest.approx(0.4)}
+
+
+def test_sources_that_do_not_fit(tmp_path: Path) -> None:
+    model = model_of("llama")
+    mpt(model).save(tmp_path / "mpt")
+    dt.adapters(model)["default"].detach()
+    dt.attach(model, "prompt_tuning", n=N).save(tmp_path / "prompt")
+    dt.adapters(model)["default"].detach()
+    for sources, hyper, said in (
+        ([tmp_path / "prompt"], {}, "holds 'prompt_tuning', and what is asked for is made of 'mpt'"),
+        ([tmp_path / "mpt"], {"n": N + 1}, r"prompt of .*mpt is \(5, 32\), here \(6, 32\)"),
+        ([tmp_path / "mpt"], {"begin": "task", "task": 4}, "task = 4, but .*mpt has the tasks 0 to 3"),
+        ([tmp_path / "mpt"] * 2, {}, "2 were given"),
+        ([], {}, "sources is empty"),
+        (str(tmp_path), {}, "must be a list of folders"),
+        ([tmp_path / "nowhere"], {}, "is no adapter"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            mpt(model, sources=sources, **hyper)
+        assert not dt.adapters(model)
+    with pytest.raises(ValueError, match="lora is not made of saved adapters"):
+        dt.attach(model, "lora", sources=[tmp_path / "mpt"])

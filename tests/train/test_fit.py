@@ -27,7 +27,11 @@ def setting(backbone: str, n: int = 48) -> tuple[nn.Module, Rows, Collate]:
 
 
 SMALL = {"prefix_tuning": {"n": 4}, "prompt_tuning": {"n": 4}, "propelt_prefix": {"n": 4, "mid": 8}}
-ON_TEXT = [name for name in (*METHODS, *PRESETS) if name not in ("copy", "vpt") and "toy" not in name]
+ON_TEXT = [
+    name
+    for name, m in {**METHODS, **PRESETS}.items()
+    if name not in ("copy", "vpt", "verbaliser") and "toy" not in name and not (m.sources and m.needs_sources)
+]
 
 
 @pytest.mark.parametrize("method", ON_TEXT)
