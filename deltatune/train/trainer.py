@@ -110,9 +110,11 @@ class AdapterTrainer(Trainer):
             self.model_accepts_loss_kwargs = False
         self.add_callback(self.events)
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         if self.distil is None or not model.training:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = self.distil.loss(model, inputs, self.events.model)
         return (loss, outputs) if return_outputs else loss
 
