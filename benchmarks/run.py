@@ -12,13 +12,16 @@ import sys
 import warnings
 from pathlib import Path
 
+import adapter_drop
 import attach
+import coda
 import imports
+import lst
 import overhead
 import step
 from bench import BENCHMARKS, SHAPES, Options, Red, table, write
 
-assert {attach, imports, overhead, step}, "imported for their places in BENCHMARKS"
+assert {adapter_drop, attach, coda, imports, lst, overhead, step}, "imported for their places in BENCHMARKS"
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "bench"
 
 

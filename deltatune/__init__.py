@@ -21,6 +21,7 @@ from .core.schedule import Schedule as Schedule
 from .core.schedule import Schedules as Schedules
 from .core.site import Site as Site
 from .core.site import sites as sites
+from .methods.adaptive import APT as APT
 from .methods.baseline import Copy as Copy
 from .methods.baseline import Full as Full
 from .methods.baseline import Head as Head
@@ -28,12 +29,22 @@ from .methods.bias import BitFit as BitFit
 from .methods.bottleneck import Parallel as Parallel
 from .methods.bottleneck import Residual as Residual
 from .methods.bottleneck import Sequential as Sequential
+from .methods.conditional import Coda as Coda
 from .methods.context import TinyAttention as TinyAttention
+from .methods.decomposed import DePT as DePT
+from .methods.drop import AdapterDrop as AdapterDrop
 from .methods.hybrid import adaptformer as adaptformer
 from .methods.hybrid import hadamard as hadamard
 from .methods.hybrid import mam as mam
 from .methods.hybrid import p_tuning_v2 as p_tuning_v2
 from .methods.hybrid import pfeiffer as pfeiffer
+from .methods.hyper import HyperFormer as HyperFormer
+from .methods.hyper import HyperFormerPlus as HyperFormerPlus
+from .methods.instance import ATTEMPT as ATTEMPT
+from .methods.instance import IDPG as IDPG
+from .methods.language import Invertible as Invertible
+from .methods.language import bad_x as bad_x
+from .methods.language import mad_x as mad_x
 from .methods.lora import DoRA as DoRA
 from .methods.lora import LoRA as LoRA
 from .methods.mask import ChildTuningD as ChildTuningD
@@ -48,11 +59,20 @@ from .methods.rescale import IA3 as IA3
 from .methods.rescale import SSF as SSF
 from .methods.rescale import Hadamard as Hadamard
 from .methods.rows import TokenRows as TokenRows
+from .methods.side import LST as LST
+from .methods.side import AttentionFusion as AttentionFusion
 from .methods.special import PASTA as PASTA
+from .methods.transfer import adapter_soup as adapter_soup
+from .methods.transfer import mera as mera
+from .methods.transfer import spot as spot
 from .methods.unified import ProPELTAdapter as ProPELTAdapter
 from .methods.unified import ProPELTLoRA as ProPELTLoRA
 from .methods.unified import ProPELTPrefix as ProPELTPrefix
 from .methods.vision import VPT as VPT
+from .methods.words import InsertedPrompt as InsertedPrompt
+from .methods.words import Verbaliser as Verbaliser
+from .methods.words import warp as warp
+from .methods.xprompt import XPrompt as XPrompt
 from .version import VERSION as __version__
 
 _INTEGRATIONS["transformers"] = lambda: _importlib.import_module("deltatune.hf").install()

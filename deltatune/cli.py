@@ -87,12 +87,13 @@ def _method_args(parser: ArgumentParser, args: list[str], default: str) -> list[
         return out
     name = name or given.get("name") or default
     card = named(name)
-    known = {key: (kind, default) for key, kind, default in card.hyper()}
+    told = ("sources", "n_sources") if card.sources else ()  # its folders, below, and their number, which they say
+    known = {key: (kind, default) for key, kind, default in card.hyper() if key not in told and kind is not object}
     for arg in out:
         if arg.startswith("--method."):
             key = arg[len("--method.") :].partition("=")[0]
-            if key not in known and key not in PLACE:
-                raise unknown(f"hyperparameter of {name}", key, [*known, *PLACE])
+            if key not in known and key not in (*PLACE, *told[:1]):
+                raise unknown(f"hyperparameter of {name}", key, [*known, *PLACE, *told[:1]])
     comments = {n: c for n, _, _, c in card.hyperparameters()}
     parser.add_argument("--method.name", type=str, default=name, help="registered method; deltatune methods lists them")
     parser.add_argument(
@@ -106,6 +107,9 @@ def _method_args(parser: ArgumentParser, args: list[str], default: str) -> list[
     )  # type: ignore[arg-type]
     for key, (kind, default) in known.items():
         parser.add_argument(f"--method.{key}", type=kind, default=default, help=comments.get(key, ""))
+    if card.sources:
+        of = f"folders of saved adapters, such as {card.sources}'s, with commas between"
+        parser.add_argument("--method.sources", type=list[str] | str | None, default=None, help=of)  # type: ignore[arg-type]
     return out
 
 
@@ -135,7 +139,14 @@ def _tree(method: Any) -> Tree:
         return tree_from_dict(data, METHODS)
     name, where, layers = (data.pop(k, None) for k in PLACE)
     where = where.as_dict() if isinstance(where, Namespace) else where
-    return placed(named(name)(**data), where_of(where), layer_numbers(layers))  # type: ignore[arg-type]
+    card = named(name)  # type: ignore[arg-type]
+    if sources := data.pop("sources", None):
+        data["sources"] = sources.split(",") if isinstance(sources, str) else sources
+    elif card.sources and card.needs_sources:
+        raise ValueError(
+            f"{name} is made of saved adapters, such as {card.sources}'s; give it --method.sources FOLDER,..."
+        )
+    return placed(card(**data), where_of(where), layer_numbers(layers))
 
 
 def _plain(config: Namespace, drop: Sequence[str] = ("config",)) -> dict[str, Any]:
@@ -385,6 +396,12 @@ def compare(args: list[str]) -> int:
         default=None,
         help=f"names with commas between, or {ALL}; by default {', '.join(DEMO)}",
     )  # type: ignore[arg-type]
+    parser.add_argument(
+        "--hyper",
+        type=dict[str, dict[str, Any]],
+        default={},
+        help="hyperparameters of some: --hyper.lora '{r: 16}', --hyper.spot '{sources: [runs/mnli/adapter]}'",
+    )
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds")
     parser.add_argument("--budget", type=str, default="demo-v1", help=f"one of {', '.join(BUDGETS)}")
     parser.add_argument(
@@ -402,8 +419,8 @@ def compare(args: list[str]) -> int:
     names = config.methods.split(",") if isinstance(config.methods, str) else config.methods
     left_out: list[str] = []
     if names == [ALL]:
-        names, left_out = all_methods(load_shapes(config.model))
-    entries = candidates([n.strip() for n in names] if names else QUICK if config.quick else DEMO)
+        names, left_out = all_methods(load_shapes(config.model), config.hyper)
+    entries = candidates([n.strip() for n in names] if names else QUICK if config.quick else DEMO, config.hyper)
     out = "results/quick" if config.quick and config.out == "results/demo" else config.out
     size = BUDGETS[budget]
     begun = time.perf_counter()
@@ -415,7 +432,7 @@ def compare(args: list[str]) -> int:
 
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     plain = {"verb": "compare", **_plain(config, ("config", "quick", "retry", "device", "out")), "budget": budget}
-    claim(out, {**plain, "methods": [e.name for e in entries]}, may_grow=("methods", "seeds"))
+    claim(out, {**plain, "methods": [e.name for e in entries]}, may_grow=("methods", "seeds", "hyper"))
     for note in (str(task), *task.notes, *left_out):
         CONSOLE.print(note, highlight=False)
     bench = Bench(config.model, task, budget_of(budget, size, task), size.max_length, size.head_lr, device)

@@ -15,7 +15,7 @@ ARROWS = {
     "version": ("", ""),
     "core": ("version", "torch safetensors"),
     "kernels": ("", "torch safetensors triton"),
-    "methods": ("core kernels", "torch"),
+    "methods": ("core kernels", "torch ot sklearn"),  # the last two inside functions: see test_import_is_light
     "contract": ("core methods", "torch rich transformers"),
     "hf": ("core kernels methods version", "torch safetensors transformers"),
     "peft": ("core kernels methods version", "torch safetensors"),
@@ -70,7 +70,18 @@ def test_arrows(path: Path) -> None:
 
 def test_import_is_light() -> None:
     """`import deltatune` brings torch and safetensors; what is slow to import waits until it is used."""
-    heavy = {"transformers", "accelerate", "peft", "datasets", "pyarrow", "sklearn", "scipy", "jsonargparse", "rich"}
+    heavy = {
+        "transformers",
+        "accelerate",
+        "peft",
+        "datasets",
+        "pyarrow",
+        "sklearn",
+        "scipy",
+        "ot",
+        "jsonargparse",
+        "rich",
+    }
     code = "import torch, sys; before = set(sys.modules); import deltatune; print(*set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..core.attach import attach
 from ..core.compose import PRESETS, Tree
+from ..core.errors import unknown
 from ..core.method import METHODS, named
 from ..tasks import Task
 from .cells import Budget, Cell, path_of, write_atomic
@@ -47,29 +48,52 @@ DEMO = ("full", "head", "sequential", "prefix_tuning", "prompt_tuning", "ia3", "
 ALL = "all"
 
 
-def all_methods(shapes: nn.Module) -> tuple[list[str], list[str]]:
+Hyper = Mapping[str, Mapping[str, Any]]  # of some methods, by name
+
+
+def all_methods(shapes: nn.Module, hyper: Hyper | None = None) -> tuple[list[str], list[str]]:
     """Every method and preset that this backbone (on the meta device) can take, baselines first; and why not the others."""
     fit, not_here = [], []
+    hyper = hyper or {}
     for name in sorted((*METHODS, *PRESETS), key=lambda n: (named(n).category != "baseline", n)):
         if getattr(named(name), "helper", False):
             continue
         try:
-            if named(name).category != "baseline":
-                attach(shapes, name, head=None).detach()
+            own = hyper.get(name, {})
+            _check_sources(name, own)
+            if named(name).category != "baseline" and not own.get("sources"):  # they were saved from a classifier
+                attach(shapes, name, head=None, **own).detach()
             fit.append(name)
         except ValueError as error:
             not_here.append(f"{name} is left out: {error}")
     return fit, not_here
 
 
-def candidates(names: Sequence[str]) -> list[Candidate]:
-    """Registered methods and presets with their defaults. Raises ValueError with the nearest name."""
+def candidates(names: Sequence[str], hyper: Hyper | None = None) -> list[Candidate]:
+    """Registered methods and presets, with their defaults where `hyper` says nothing else.
+
+    Raises ValueError with the nearest name, and where a method that is made of saved adapters has no `sources`.
+    """
     found = []
+    hyper = hyper or {}
+    for name in hyper:
+        if name not in names:
+            raise unknown("method in --hyper; it is not compared", name, names)
     for name in dict.fromkeys(names):
         card = named(name)
-        tree: Tree = card()  # type: ignore[assignment]
+        own = hyper.get(name, {})
+        _check_sources(name, own)
+        tree: Tree = card(**own)  # type: ignore[assignment]
         found.append(Candidate(name, tree, card.category, card.paper, card.lr))
     return found
+
+
+def _check_sources(name: str, own: Mapping[str, Any]) -> None:
+    card = named(name)
+    if card.sources and card.needs_sources and not own.get("sources"):
+        raise ValueError(
+            f"{name} is made of saved adapters, such as {card.sources}'s; give it --hyper.{name} '{{sources: [folder, ...]}}'"
+        )
 
 
 def budget_of(name: str, size: Size, task: Task) -> Budget:
@@ -136,6 +160,9 @@ def run_matrix(
                     raise ValueError(
                         f"{path} was measured under {cell.budget}, this run is {bench.budget}; give another --out"
                     )
+                was, now = ((c.get("hyper") or {}).get(entry.name) for c in (cell.config, config))
+                if was != now:
+                    raise ValueError(f"{path} was measured with {was}, this run gives {now}; give another --out")
                 if cell.status == "done" or not retry:
                     tell(Event("skip", entry.name, seed, cell=cell))
                     yield cell

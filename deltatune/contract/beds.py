@@ -155,6 +155,19 @@ class Net(nn.Module):
         return self.classifier(self.norm(x))
 
 
+class Talker(Net):
+    """The same with an output layer over the vocabulary: (B, T) ids -> (B, T, V)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier: nn.Module = nn.Identity()  # type: ignore[assignment]
+        self.lm_head = nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, T) -> (B, T, V)"""
+        return self.lm_head(super().forward(input_ids, attention_mask))
+
+
 class ImageNet(nn.Module):
     """The same behind a convolution that cuts an image into patches: (B, 3, 6, 9) -> (B, 6, C)."""
 
@@ -193,7 +206,7 @@ def bert() -> nn.Module:
 
     config = BertConfig(
         vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=WIDE, num_hidden_layers=2, num_attention_heads=N_HEADS,
-        max_position_embeddings=64, use_cache=False, pad_token_id=0,
+        max_position_embeddings=256, use_cache=False, pad_token_id=0,
     )  # fmt: skip
     return BertModel(config, add_pooling_layer=False)
 
@@ -232,7 +245,7 @@ class Bed:
 
     def suits(self, method: type[Method]) -> bool:
         """Does the method name this kind, and mean one of these sites?"""
-        if self.kind not in method.kinds:
+        if self.kind not in method.kinds or self.where == "lm_head" and method.where != "lm_head":
             return False
         if method.in_place:
             return True
@@ -309,9 +322,11 @@ _ALL = (
     Bed("rmsnorm", "norm", functools.partial(Net, norm=nn.RMSNorm), one=("norm",)),
     Bed("experts", "experts", functools.partial(Net, sparse=True), one=("layers.0.mlp.experts.down_proj",)),
     Bed("quantised", "linear", Net, later="quantised bases come with their own issue"),
+    Bed("lm-head", "linear", Talker, where="lm_head", one=("lm_head",)),
     Bed("span", "span", Net, one=("layers.0:mlp",)),
     Bed("span-attn", "span", Net, where="attn", one=("layers.0:attn",)),
     Bed("block", "block", llama, one=("layers.1",)),
+    Bed("block-bert", "block", bert, one=("encoder.layer.1",)),
     Bed("patches", "block", ImageNet, one=("layers.0",)),
     Bed("blocks", "span", functools.partial(ImageNet, 2), where="blocks", one=("layers.0:blocks",)),
     Bed("attention", "attention", llama, one=("layers.1.self_attn",)),

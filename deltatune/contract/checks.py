@@ -178,7 +178,7 @@ class Trial:
     def leaf(self, **hyper: Any) -> Leaf:
         """The method with its defaults, each cut to its limit on the bed's small layers."""
         if self.method.sources and self.method.needs_sources:
-            hyper.setdefault("sources", sources_for(self.method.sources, self.bed, self.dtype))
+            hyper.setdefault("sources", sources_for(self.method, self.bed, self.dtype))
         if isinstance(self.method, Preset):
             return self.method(**hyper)  # type: ignore[return-value]
         config = self.method.configure()
@@ -245,12 +245,16 @@ class Trial:
 
 
 @functools.cache
-def sources_for(name: str, bed: Bed, dtype: torch.dtype) -> tuple[str, ...]:
-    """Two saved adapters of the method `name` on the bed's model, for a method that is made of such."""
+def sources_for(method: Any, bed: Bed, dtype: torch.dtype) -> tuple[str, ...]:
+    """Saved adapters on the bed's model, for a method or a preset that is made of such."""
     folders = []
-    for i in range(2):
-        t = Trial(named(name), bed, dtype, seed=i)
-        adapter = perturb(t.put(t.model(), f"source{i}"))
+    for i in range(getattr(method, "n_sources", 2)):
+        t = Trial(named(method.sources), bed, dtype, seed=i)
+        with torch.random.fork_rng(devices=()):  # who asks first draws what it would have drawn
+            if isinstance(method, Preset):  # at the places that they have by themselves, as it will be
+                adapter = perturb(attach(t.model(), t.leaf(), name=f"source{i}", head=None))
+            else:
+                adapter = perturb(t.put(t.model(), f"source{i}"))
         folders.append(tempfile.mkdtemp(prefix="deltatune-source-"))
         atexit.register(shutil.rmtree, folders[-1], ignore_errors=True)
         adapter.save(folders[-1])
@@ -525,7 +529,7 @@ def half(t: Trial) -> None:
     """Over a bf16 base the deltas stay fp32, their gradients too, the output is bf16 and close to the fp32 one's."""
     model, adapter = t.attached()
     wide = copy.deepcopy(t.model()).float()
-    full = perturb(replace(t, dtype=torch.float32).put(wide))
+    full = perturb(t.put(wide))
     batch = t.batch()
     out = t.out(model, batch)
     assert out.dtype == torch.bfloat16, f"the output is {out.dtype}"

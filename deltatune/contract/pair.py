@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from ..core.compose import Preset
 from ..core.method import Method
+from .beds import BEDS
+from .checks import TOLERANCE, Trial, alike, sources_for
 
 PAIR = ("ddp", "fsdp2")
 Job = tuple[str, type[Method] | Preset, str, str]  # one of PAIR, method, bed, dtype
@@ -44,6 +46,9 @@ def two_processes(jobs: Sequence[Job], seed: int = 0) -> list[str]:
 def _process(rank: int, folder: str, jobs: list[Job], seed: int) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    for _, method, bed, dtype in jobs:  # before there is a group: each rank saves its own
+        if method.sources and method.needs_sources:
+            sources_for(method, BEDS[bed], getattr(torch, dtype))  # type: ignore[arg-type]
     patience = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=patience)
     found = []
@@ -64,9 +69,6 @@ def _process(rank: int, folder: str, jobs: list[Job], seed: int) -> None:
 
 
 def _equal(name: str, method: type[Method] | Preset, bed: str, dtype: torch.dtype, seed: int, folder: str) -> None:
-    from .beds import BEDS
-    from .checks import TOLERANCE, Trial, alike
-
     trial = Trial(method, BEDS[bed], dtype, seed)
     model, adapter = trial.attached()
     trial.loss(model).backward()

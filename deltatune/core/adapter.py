@@ -336,6 +336,9 @@ class Adapter:
             for path, leaf in mine.items():
                 leaf.method.configure(**{**asdict(leaf.config), key: value})
                 changed[path] = leaf.changed(**{key: value})
+        for path, leaf in changed.items():
+            if leaf is not leaves[path]:
+                leaf.method.check_set(leaf.config, [d for (p, _), d in self.deltas.items() if p == path])
         for (path, _), delta in self.deltas.items():
             for key, value in hyper.items():
                 if path in changed and key in changed[path].method.live:

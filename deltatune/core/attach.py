@@ -23,7 +23,7 @@ from .identity import base_fingerprint, check_base
 from .method import METHODS, Delta, layer_numbers, named
 from .record import EVERYTHING, HEAD, Entry, Info, Record, mark, place, refresh, root_layers
 from .runtime import ATTACHED, ATTENDS, Banks, Frame, check_reachable, integrate, original, swap, walk
-from .site import Site, all_sites, expanded, select
+from .site import HEADS, Site, all_sites, expanded, select
 
 COPY = "copy"  # the registered method that trains a task head as a copy of it
 # What another library's configuration object means here, and who reads a folder of its files: by the package of the object
@@ -238,6 +238,13 @@ def _chosen(
     for path, leaf in leaves.items():
         method = leaf.method
         own = _per_site(every, leaf)
+        if places is not None and _has_choice(
+            leaf
+        ):  # its places on the backbone are the file's, those on a head this head's
+            kept = [table[n] for n in places.get(path, ()) if n in table and table[n].role not in HEADS]
+            on_head = [s for s in _selected(every, leaf) if s.role in HEADS]
+            chosen[path] = [(s, leaf.config) for s in (*kept, *on_head) if s in kept or method.fits(leaf.config, s)]
+            continue
         if places is not None:
             gone = [n for n in places.get(path, ()) if n not in table]
             if gone:
@@ -247,9 +254,7 @@ def _chosen(
         if isinstance(leaf.where, Per):
             selected = [table[n] for n in own]
         else:
-            selected = list(
-                select(every, method.where if leaf.where is None else leaf.where, leaf.layers, method.kinds)
-            )
+            selected = _selected(every, leaf)
         chosen[path] = [(s, c) for s in selected if method.fits(c := own.get(s.name, leaf.config), s)]
         if not chosen[path]:
             raise ValueError(
@@ -257,6 +262,17 @@ def _chosen(
                 f"{selected[0].name} first"
             )
     return chosen
+
+
+def _selected(every: Sequence[Site], leaf: Leaf) -> list[Site]:
+    where: Any = leaf.method.where if leaf.where is None else leaf.where
+    return list(select(every, where, leaf.layers, leaf.method.kinds))
+
+
+def _has_choice(leaf: Leaf) -> bool:
+    """Does its place name alternatives, of which each backbone, and each head on it, has its own?"""
+    where = leaf.method.where if leaf.where is None else leaf.where
+    return isinstance(where, str) and "|" in where
 
 
 def _per_site(every: Sequence[Site], leaf: Leaf) -> dict[str, Any]:

@@ -150,9 +150,11 @@ class Base:
     @property
     def vocabulary(self) -> Tensor:
         """(V, D), the token embeddings of the model or stack that the site is the input of."""
-        table: nn.Module = self.module.get_input_embeddings()  # type: ignore[operator]
-        weight = table._parameters["weight"]
-        assert weight is not None
+        find = getattr(self.module, "get_input_embeddings", None)
+        table = nn.Module() if find is None else find()
+        weight: Tensor | None = table._parameters.get("weight")
+        if weight is None:
+            raise ValueError(f"{own_class(self.module).__name__} has no table of token embeddings to start from")
         kept = offloaded(table, "weight") if weight.is_meta else None
         return self._seen(weight if kept is None else kept)
 

@@ -233,6 +233,7 @@ class Preset:
     lr: tuple[float, float]
     exceptions: Mapping[str, str] = with_default(default_factory=dict)  # contract check -> why it is exempt
     sources: str = ""  # the method whose saved adapters it is made of; then its function takes `sources`
+    n_sources: int = 2  # how many of them the contract suite gives it
     in_place: ClassVar[bool] = False
     needs_sources: ClassVar[bool] = True
 
@@ -292,11 +293,12 @@ def preset(
     lr: tuple[float, float],
     exceptions: Mapping[str, str] | None = None,
     sources: str = "",
+    n_sources: int = 2,
 ) -> Callable[[Callable[..., Tree]], Preset]:
     """Register a function from hyperparameters to a tree under `name`."""
 
     def register(make: Callable[..., Tree]) -> Preset:
-        PRESETS[name] = Preset(name, make, paper, category, lr, exceptions or {}, sources)
+        PRESETS[name] = Preset(name, make, paper, category, lr, exceptions or {}, sources, n_sources)
         return PRESETS[name]
 
     return register

@@ -17,9 +17,10 @@ from .site import Site, all_sites
 N_FINGERPRINT = 4096
 
 
-def table_hash(table: Sequence[Site]) -> str:
-    """A hash of the backbone's site table: names, kinds and sizes; heads are left out, since they differ by task."""
-    rows = [f"{s.name} {s.kind} {s.d_in} {s.d_out}" for s in table if s.role not in ("head", "lm_head")]
+def table_hash(table: Sequence[Site], pooler: bool = False) -> str:
+    """A hash of the backbone's site table: names, kinds and sizes; heads and a pooler are left out, they differ by task."""
+    out = ("head", "lm_head") if pooler else ("head", "lm_head", "pooler")
+    rows = [f"{s.name} {s.kind} {s.d_in} {s.d_out}" for s in table if s.role not in out]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
@@ -83,7 +84,8 @@ def check_base(model: nn.Module, path: object, card: Mapping[str, Any], tensors:
     if kept is None:
         raise ValueError(f"{path}: it has no fingerprint of its base")
     table = all_sites(model)
-    if card["site_table"] != table_hash(table):
+    # older files have the pooler in the hash
+    if card["site_table"] not in (table_hash(table), table_hash(table, pooler=True)):
         known = {s.name for s in table}
         gone = [s for ss in card["sites"].values() for s in ss if s not in known]
         detail = f"; the sites {', '.join(gone[:3])} are not here" if gone else ""

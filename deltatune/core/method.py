@@ -366,6 +366,10 @@ class Method(Delta):
         return leaf, self.state_dict()
 
     @classmethod
+    def check_set(cls, config: Any, deltas: "Sequence[Method]") -> None:
+        """Raise ValueError where the standing deltas of a leaf cannot take these hyperparameters; by default they can."""
+
+    @classmethod
     def n_moving(cls, config: Any, n: int) -> int:
         """How many of the `n` entries that an in-place method trains can move."""
         return n
@@ -450,6 +454,7 @@ class Meet(Delta):
         self.has_fold = all(p.has_fold for p in parts)
         self.has_post = all(p.fast and not p.has_pre and not p.has_around for p in parts)
         self.has_kv = any(p.has_kv for p in parts)
+        self.has_pre = any(p.has_pre and p.has_kv for p in parts)
         self.has_tokens = any(p.has_tokens for p in parts)
         self.has_embed = any(p.has_embed for p in parts)
         self.reads_call = any(p.reads_call for p in parts)
@@ -480,6 +485,15 @@ class Meet(Delta):
         from .runtime import cast
 
         return meet_post(self.op, self._parts, y, x, lambda part, y, x: cast(part, y.dtype).post(y, x))
+
+    def pre(self, x: Tensor) -> Tensor:
+        """What parts with keys and values look at in the attention's input."""
+        from .runtime import cast
+
+        for part in self._parts:
+            if part.has_pre and part.has_kv:
+                x = cast(part, x.dtype).pre(x)
+        return x
 
     def kv(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The parts' keys and values, one behind the other."""

@@ -102,6 +102,7 @@ class Call:
 
 
 CALL_FIELDS = tuple(name for name in Call.__dataclass_fields__ if name not in ("n_past", "cache", "n_given"))
+LEFT = "deltatune_"  # how keys begin of what an encoder's deltas leave in the stash for the decoder
 OWN_FIELDS = ("adapter_ids", "task_ids")  # the model's own forward knows nothing of these
 
 
@@ -224,6 +225,9 @@ def adapted(
     return (head, *y[1:]) if isinstance(y, tuple) else head
 
 
+Change = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]  # of a layer's own input, given the layer itself
+
+
 class Inside:
     """What is inside a delta that stands around it: a function of `x`, and at a block of the block's other arguments too.
 
@@ -238,15 +242,20 @@ class Inside:
         within: Sequence[Delta],
         rest: tuple[Any, ...],
         kwargs: dict[str, Any],
+        changes: tuple[Change, ...] = (),
     ) -> None:
         self.module, self.forward, self.inner, self.within = module, forward, inner, within
-        self.rest, self.kwargs = rest, kwargs
+        self.rest, self.kwargs, self.changes = rest, kwargs, changes
         self.tail: tuple[Any, ...] | None = None
 
-    def __call__(self, x: Tensor, given: dict[str, Any] | None = None) -> Tensor:
-        """The layer and all inside on `x`; `given` are its other arguments by name, instead of those of the call."""
+    def __call__(self, x: Tensor, given: dict[str, Any] | None = None, change: Change | None = None) -> Tensor:
+        """The layer and all inside on `x`; `given` are its other arguments by name, instead of those of the call.
+
+        `change(x, layer)` gives what the layer itself gets, behind the changes of all inside; `layer` is the layer alone.
+        """
         rest, kwargs = (self.rest, self.kwargs) if given is None else ((), given)
-        y = _onion(self.module, self.forward, self.inner, self.within, rest, kwargs, x)
+        changes = self.changes if change is None else (change, *self.changes)
+        y = _onion(self.module, self.forward, self.inner, self.within, rest, kwargs, x, changes)
         if isinstance(y, tuple):
             y, self.tail = y[0], y[1:]
         assert isinstance(y, Tensor)
@@ -261,12 +270,15 @@ def _onion(
     rest: tuple[Any, ...],
     kwargs: dict[str, Any],
     x: Tensor,
+    changes: tuple[Change, ...] = (),
 ) -> Any:
     """`adapted` where a delta runs what is inside it itself."""
     if not outer:
+        for change in changes:
+            x = change(x, Inside(module, forward, inner, (), rest, kwargs))
         return base.apply(module, forward, inner, x, rest, kwargs) if inner else forward(module, x, *rest, **kwargs)
     *within, delta = outer
-    run = Inside(module, forward, inner, within, rest, kwargs)
+    run = Inside(module, forward, inner, within, rest, kwargs, changes)
     seen = cast(delta, x.dtype)
     if delta.has_around:
         y = seen.around(x, run)
@@ -412,6 +424,8 @@ def root_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any]
         before = frame.call
         if before is None:  # else a bare backbone, whose own soft tokens stand around this and know what was given
             frame.call = call_of(known, frame)
+        if isinstance(encoded := known.get("encoder_outputs"), dict):  # `generate` ran the encoder by itself
+            frame.stash.update({key: state for key, state in encoded.items() if key.startswith(LEFT)})
         try:
             return forward(self, *args, **kwargs)
         finally:

@@ -44,6 +44,8 @@ _MIDDLE_NORM = "sa_layer_norm"
 _PRE_NORM = (
     "pre_feedforward_layernorm", "layernorm_after", "post_attention_layernorm", "ln_2", "norm2", "layer_norm2", "mlp_norm",
 )  # fmt: skip
+# Text towers whose attention says that it is not causal, and is given a causal mask.
+_CAUSAL_TEXT = re.compile("(CLIP|XCLIP|CLIPSeg|MetaClip2|GroupViT)Text")
 _STACKS = {"vision": "visi|visual|image", "text": "text|language", "encoder": "encoder", "decoder": "decoder"}
 _TASK_HEADS = {"classifier", "score", "qa_outputs", "classification_head", "multiple_choice_head", "sequence_summary"}
 _LM_HEADS = {"lm_head", "embed_out", "generator_lm_head"}
@@ -463,6 +465,10 @@ def _inside(block: str, layer: int, stack: str, modules: dict[str, nn.Module], l
             continue
         flags = [getattr(modules[_parent(first.module)], flag, None) for flag in ("is_causal", "is_decoder")]
         is_causal[kind] = any(flags) if {True, False} & set(flags) else None
+        if any(
+            _CAUSAL_TEXT.match(type(modules[at]).__name__) for at in _prefixes(block)
+        ):  # the mask is made above the attention
+            is_causal[kind] = True
         if "o" in own:
             span(kind, first.module, own["o"].module)
             if kind == "attn":

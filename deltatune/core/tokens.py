@@ -1,9 +1,12 @@
-"""Soft tokens in front of a backbone's input: embeddings, masks and positions in, and the extra states out again.
+"""Soft tokens in front of a backbone's input or among it: embeddings, masks and positions in, and the extra states out again.
 
 The backbone, not the head on top of it, is where tokens enter: its output has the user's own length again, so that
 pooling, labels and losses above see nothing of it. An encoder of an encoder-decoder keeps them, since the decoder attends
 to them; there the decoder's cross-attention mask is extended instead. A method with `pooled` leaves them in the output,
 for a head that pools the first state. Deltas with `shift` move the real tokens' positions and add no token.
+
+A method with `gaps(batch)`, (B or 1, P), says for each of its tokens in front of which of the row's own it stands, from 0 to T.
+Then all are put in order, padding stays where it is, and the states of an encoder's soft tokens leave it too.
 """
 
 import functools
@@ -17,18 +20,60 @@ from torch import Tensor, nn
 from .base import own_class
 from .compose import parts_of
 from .method import Delta
-from .runtime import OWN_FIELDS, Frame, Switch, call_of, cast, layer
+from .runtime import LEFT, OWN_FIELDS, Frame, Switch, call_of, cast, layer
 from .site import Site
 
 _LENGTHENED = ("last_hidden_state", "hidden_states")
 
 
-def soft_tokens(live: list[Delta], embedded: Tensor) -> Tensor:
-    """(B, P, D): every live delta's tokens for the embedded batch (B, T, D), the innermost nearest to the input."""
-    parts = [cast(d, embedded.dtype).tokens(embedded).to(embedded.dtype) for d in reversed(live)]
-    if not parts:
-        return embedded[:, :0]
-    return torch.cat([p.expand(embedded.shape[0], -1, -1) for p in parts], 1)
+def soft_tokens(live: list[Delta], embedded: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(B, P, D): every live delta's tokens for the embedded batch (B, T, D), the innermost nearest to the input.
+
+    Beside them (B, P), in front of which of the row's tokens each stands; None where all stand in front of the row.
+    """
+    n_rows, tokens, gaps = embedded.shape[0], [embedded[:, :0]], []
+    for part in (part for d in reversed(live) for part in parts_of(d) if part.has_tokens):
+        seen = cast(part, embedded.dtype)
+        tokens.append(seen.tokens(embedded).to(embedded.dtype).expand(n_rows, -1, -1))
+        found = seen.gaps(embedded) if hasattr(part, "gaps") else None
+        gaps.append((found, tokens[-1].shape[1]))
+    if all(found is None for found, _ in gaps):
+        return torch.cat(tokens, 1), None
+    front = torch.zeros(1, dtype=torch.long, device=embedded.device)
+    each = [front.expand(n_rows, n) if found is None else found.expand(n_rows, -1) for found, n in gaps]
+    return torch.cat(tokens, 1), torch.cat(each, 1)
+
+
+def in_order(gaps: Tensor, length: int) -> Tensor:
+    """(B, P + T), which of [P; X] stands at each place: soft tokens in their own order in front of the token of their gap."""
+    own = 2 * torch.arange(length, device=gaps.device).expand(gaps.shape[0], -1) + 1
+    return torch.cat([2 * gaps, own], 1).argsort(stable=True, dim=1)
+
+
+def _inserted(kwargs: dict[str, Any], gaps: Tensor, order: Tensor, length: int, where: str) -> None:
+    """Bring mask, token types and positions of a whole row into the order of its tokens.
+
+    A soft token has the type of its right neighbour, and moves what stands behind it by one position.
+    """
+
+    def ordered(front: Tensor, own: Tensor) -> Tensor:
+        return torch.cat([front, own.expand(gaps.shape[0], -1)], 1).gather(1, order)
+
+    right, left = gaps.clamp_max(length - 1), (gaps - 1).clamp_min(0)
+    mask, types, at = (kwargs.get(key) for key in ("attention_mask", "token_type_ids", "position_ids"))
+    if mask is not None:
+        extend(mask, 0, where)
+        kwargs["attention_mask"] = ordered(mask.new_ones(gaps.shape), mask)
+    if types is not None:
+        kwargs["token_type_ids"] = ordered(types.expand(gaps.shape[0], -1).gather(1, right), types)
+    if at is not None:
+        shift(at, 0, True, where)
+        places = at.expand(gaps.shape[0], -1)
+        real = torch.ones_like(places, dtype=torch.bool) if mask is None else mask != 0
+        behind = torch.where(real.gather(1, left) & (gaps > 0), places.gather(1, left) + 1, 0)  # in front of padding
+        before = torch.where(real.gather(1, right) & (gaps < length), places.gather(1, right), behind)
+        soft = (order < gaps.shape[1]).long()
+        kwargs["position_ids"] = ordered(before, places) + soft.cumsum(1) - soft
 
 
 def extend(mask: Tensor, n: int, where: str) -> Tensor:
@@ -164,7 +209,12 @@ def input_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any
         own = {n: kwargs.pop(n) for n in OWN_FIELDS if n in kwargs}
         frame.call = call_of({**kwargs, **own}, frame)
         try:
-            return run(kwargs, cls.__name__)
+            out = run(kwargs, cls.__name__)
+            if isinstance(out, dict):  # what deltas leave for the decoder goes with the states, beams and all
+                for key, state in frame.stash.items():
+                    if key.startswith(LEFT):
+                        out[key] = state
+            return out
         finally:
             frame.call = None
             frame.stash.clear()
@@ -197,19 +247,20 @@ def _lengthened(
         raise ValueError(f"{where}: soft tokens need input_ids or inputs_embeds")
     own: Tensor = ids if embedded is None else embedded  # type: ignore[assignment]
     length, n = own.shape[1], 0
+    gaps: Tensor | None = None
     if live:
         if prefill:
             refuse_packed(kwargs, where)
         if embedded is None:
             own = self.get_input_embeddings()(ids)  # type: ignore[operator]
-        front = soft_tokens([d for d in live if d.has_tokens], own)
+        front, gaps = soft_tokens([d for d in live if d.has_tokens], own)
         n = front.shape[1]
+        by_ids = hasattr(getattr(self, "embeddings", None), "create_position_ids_from_input_ids")
         changing = [d for d in live if d.has_embed]
         if changing:
             places = _places(kwargs, length, n_past, n, own.device, where)
             for delta in reversed(changing):  # the outermost first, as of any site's input
                 own = cast(delta, own.dtype).embed(own, places)
-            by_ids = hasattr(getattr(self, "embeddings", None), "create_position_ids_from_input_ids")
             if by_ids and not n and kwargs.get("position_ids") is None:  # RoBERTa counts real tokens where it sees ids
                 kwargs["position_ids"] = _default_positions(self, kwargs, length, n_past)
             kwargs["input_ids"], kwargs["inputs_embeds"] = None, own
@@ -220,7 +271,22 @@ def _lengthened(
             f"{where}: {what} and {length} tokens exceed the {limit} positions of the backbone; "
             f"truncate the input to {limit - moved - n}"
         )
-    if live:
+    if gaps is not None:  # a whole row: what has gaps takes no other
+        order = in_order(gaps, length)
+        if by_ids and ids is not None and kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = _default_positions(self, {**kwargs, "input_ids": ids}, length, 0)
+        _inserted(kwargs, gaps, order, length, where)
+        own = torch.cat([front, own], 1).gather(1, order[..., None].expand(-1, -1, front.shape[-1]))
+        kwargs["input_ids"], kwargs["inputs_embeds"] = None, own
+        if kwargs.get("cache_position") is not None:
+            kwargs["cache_position"] = kwargs["cache_position"].new_tensor(range(n + length))
+    elif live:
+        placed = prefill and n > 0 and by_ids and ids is not None and kwargs.get("position_ids") is None
+        if placed:  # RoBERTa counts real tokens alone where it sees their ids, and padding too where it does not
+            real = _default_positions(self, {**kwargs, "input_ids": ids}, length, 0)
+            first = int(self.embeddings.padding_idx) + 1  # type: ignore[union-attr, arg-type]
+            late = torch.arange(first, first + n, device=real.device).expand(real.shape[0], -1)
+            kwargs["position_ids"] = torch.cat([late, torch.where(real < first, real, real + n)], 1)
         if prefill:
             kwargs["input_ids"], kwargs["inputs_embeds"] = None, torch.cat([front, own], 1)
             if kwargs.get("token_type_ids") is not None:
@@ -228,7 +294,7 @@ def _lengthened(
                 kwargs["token_type_ids"] = torch.cat([types.new_zeros(types.shape[0], n), types], 1)
         if kwargs.get("attention_mask") is not None:
             kwargs["attention_mask"] = extend(kwargs["attention_mask"], n, where)
-        if kwargs.get("position_ids") is not None:
+        if kwargs.get("position_ids") is not None and not placed:
             kwargs["position_ids"] = shift(kwargs["position_ids"], n, prefill, where)
         if kwargs.get("cache_position") is not None:
             at = kwargs["cache_position"]
@@ -239,19 +305,32 @@ def _lengthened(
             at = _default_positions(self, kwargs, length + (n if prefill else 0), n_past)
         kwargs["position_ids"] = at + moved
     out = forward(self, **kwargs)
-    if not (n and prefill) or live[0].site.stack == "encoder":
+    encodes = bool(live) and live[0].site.stack == "encoder"
+    if not (n and prefill) or encodes and gaps is None:
         return out
-    pooled = {bool(getattr(part, "pooled", False)) for d in live for part in parts_of(d) if part.has_tokens}
+    parts = [part for d in live for part in parts_of(d) if part.has_tokens]
+    if encodes and not all(hasattr(part, "gaps") for part in parts):
+        raise ValueError(
+            f"{where}: of prompts in front and soft tokens among an encoder's input the decoder sees one kind"
+        )
+    pooled = {bool(getattr(part, "pooled", False)) for part in parts}
     if len(pooled) > 1:
         raise ValueError(f"{where}: prompts that are pooled and prompts that are not cannot run together")
-    return out if pooled == {True} else _shortened(self, out, n, n + length)
+    if pooled == {True}:
+        return out
+    return _shortened(self, out, n, n + length, None if gaps is None else order.argsort(1)[:, n:])
 
 
-def _shortened(self: nn.Module, out: Any, n: int, length: int) -> Any:
-    """The output without the soft tokens' states; a pooler inside the backbone reads the first state that is left."""
+def _shortened(self: nn.Module, out: Any, n: int, length: int, places: Tensor | None) -> Any:
+    """The output without the soft tokens' states, the first `n`, or with those at `places` (B, T) alone.
+
+    A pooler inside the backbone reads the first state that is left.
+    """
 
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == length:
+            if places is not None:
+                return value.gather(1, places[..., None].expand(-1, -1, value.shape[-1]))
             # torch's matmul folds a strided input or not by what requires a gradient, and rounds differently
             return value[:, n:].contiguous()
         return tuple(cut(v) for v in value) if isinstance(value, tuple) else value

@@ -4,11 +4,18 @@ Letters in these files: B batch, T tokens, I inputs, O outputs, R rank, P prefix
 """
 
 from . import (  # fmt: skip
+    adaptive,
     baseline,
     bias,
     bottleneck,
+    conditional,
     context,
+    decomposed,
+    drop,
     hybrid,
+    hyper,
+    instance,
+    language,
     lora,
     mask,
     prefix,
@@ -16,10 +23,15 @@ from . import (  # fmt: skip
     ranks,
     rescale,
     rows,
+    side,
     special,
+    transfer,
     unified,
     vision,
+    words,
+    xprompt,
 )
 
-__all__ = ["baseline", "bias", "bottleneck", "context", "hybrid", "lora", "mask", "prefix", "prompt", "ranks", "rescale", "rows",
-           "special", "unified", "vision"]  # fmt: skip
+__all__ = ["adaptive", "baseline", "bias", "bottleneck", "conditional", "context", "decomposed", "drop", "hybrid",
+           "hyper", "instance", "language", "lora", "mask", "prefix", "prompt", "ranks", "rescale", "rows", "side",
+           "special", "transfer", "unified", "vision", "words", "xprompt"]  # fmt: skip

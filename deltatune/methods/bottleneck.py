@@ -26,7 +26,8 @@ class Bottleneck(Method):
 class Sequential(Bottleneck, name="sequential"):
     """y' = y + A(y), behind attention and MLP, each before the residual add; near 0 at the start.
 
-    On the norm that ends a block N(z), z = x + y, it is Pfeiffer's form (2005.00052): N(z + A(N(z))).
+    On the norm that ends a block N(z), z = x + y, it is Pfeiffer's form (2005.00052): N(z + A(N(z))). A second one around it
+    reads and adds behind it: N(v + A2(N(v))), v = z + A(N(z)).
     """
 
     paper = "1902.00751"
@@ -44,7 +45,7 @@ class Sequential(Bottleneck, name="sequential"):
         return y + self.mlp(y)
 
     def around(self, x, base):
-        return base(x + self.mlp(base(x)))
+        return base(x, change=lambda z, layer: z + self.mlp(layer(z)))
 
 
 class Residual(Bottleneck, name="residual"):

@@ -35,6 +35,7 @@ def check_alive(model: nn.Module, optimizer: Any, found: list[Adapter]) -> None:
     mine: set[int] = set()
     for adapter in found:
         in_place = set(adapter._info.owned)
+        asleep = {id(p) for d in adapter.deltas.values() if getattr(d, "asleep", False) for p in d.parameters()}
         for name, p in adapter.named_parameters():
             mine.add(id(p))
             where = f"adapter {adapter.name!r}: {name}"
@@ -46,6 +47,8 @@ def check_alive(model: nn.Module, optimizer: Any, found: list[Adapter]) -> None:
                 raise ValueError(
                     f"{where} is {p.dtype}: the model was cast after attach; cast it first, deltas stay fp32"
                 )
+            if p.grad is None and id(p) in asleep:  # a resumed run may begin where this one is left out
+                continue
             if p.grad is None:
                 raise ValueError(
                     f"{where} got no gradient: its site did not run, its forward was replaced after attach, or the loss "

@@ -203,6 +203,47 @@ def test_compare(
     assert sequential is METHODS["sequential"].Config
 
 
+def test_compare_what_is_made_of_saved_adapters(
+    capsys: pytest.CaptureFixture[str], backbone: str, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They run with their sources as a hyperparameter; `all` leaves the others out and says so."""
+    from deltatune.assess import matrix
+    from deltatune.assess.cells import read_folder
+    from deltatune.train.backbone import load_shapes
+
+    one, two = (tmp_path / name for name in ("one", "two"))
+    assert train(backbone, reviews, one, "--method", "sequential", "--method.r", "4") == 0
+    assert train(backbone, reviews, two, "--method", "sequential", "--method.r", "4", "--seed", "1") == 0
+    folders = [str(f / "adapter") for f in (one, two)]
+    assert (
+        train(backbone, reviews, tmp_path / "soup", "--method", "adapter_soup", "--method.sources", ",".join(folders))
+        == 0
+    )
+    card = json.loads((tmp_path / "soup" / "adapter" / "adapter.json").read_text())
+    assert card["tree"]["method"] == "sequential" and card["tree"]["config"]["r"] == 4
+    assert yaml.safe_load((tmp_path / "soup" / "run.yaml").read_text())["method"]["sources"] == ",".join(folders)
+
+    given = {"mera": {"sources": folders}}
+    names, left_out = matrix.all_methods(load_shapes(backbone), given)
+    assert {"mera", "lora"} <= set(names) and not {"spot", "adapter_soup", "attempt"} & set(names)
+    assert any(line.startswith("spot is left out: spot is made of saved adapters") for line in left_out)
+
+    tiny = matrix.Size(n_steps=3, batch=16, lr_trials=1, head_lr=0.05, n_train=64, n_validation=16, max_length=32)
+    monkeypatch.setitem(matrix.BUDGETS, "tiny-v1", tiny)
+    out = tmp_path / "results"
+    args = ["compare", "--model", backbone, "--data", str(reviews), "--budget", "tiny-v1", "--out", str(out)]
+    args += ["--device", "cpu", "--methods"]
+    hyper = f"{{sources: [{', '.join(folders)}]}}"
+    assert main([*args, "ia3"]) == 0
+    assert main([*args, "ia3,mera,lora", "--hyper.mera", hyper, "--hyper.lora", "{r: 3}"]) == 0
+    cells = {c.key.method: c for c in read_folder(out)}
+    assert all(c.status == "done" for c in cells.values())
+    assert cells["mera"].config["hyper"]["mera"] == {"sources": folders} and "r=4" in cells["mera"].label
+    assert "r=3" in cells["lora"].label
+    code, _, err = run(capsys, *args, "mera", "--hyper.mera", hyper.replace(folders[1], folders[0]))
+    assert code == 2 and "was measured with" in err and "give another --out" in err
+
+
 def _fails(cls: Any, *args: Any) -> Any:
     raise ValueError("fails on purpose")
 
@@ -217,6 +258,24 @@ MISTAKES = {
     "too large a rank": (["train", "--method", "lora", "--method.r", "33"], "r = 33"),
     "place": (["train", "--method", "lora", "--method.where", "mlp.gate"], "mlp.gate"),
     "layer": (["train", "--method", "lora", "--method.layers", "7"], "layer 7 is out of range"),
+    "sources": (
+        ["train", "--method", "spot"],
+        "spot is made of saved adapters, such as prompt_tuning's; give it --method.sources",
+    ),
+    "sources of another": (
+        ["train", "--method", "lora", "--method.sources", "a"],
+        "unknown hyperparameter of lora 'sources'",
+    ),
+    "number of sources": (
+        ["train", "--method", "mera", "--method.batches", "a"],
+        "unknown hyperparameter of mera 'batches'",
+    ),
+    "no sources to compare": (
+        ["compare", "--methods", "lora,mera"],
+        "mera is made of saved adapters, such as sequential's",
+    ),
+    "sources of lora": (["compare", "--methods", "lora", "--hyper.lora", "{{sources: [a]}}"], "takes no sources"),
+    "hyper": (["compare", "--methods", "lora", "--hyper.lroa", "{{r: 2}}"], "did you mean 'lora'"),
     "steps": (["train", "--steps", "0"], "--steps is 0"),
     "task": (["compare", "--task", "glue/sst3"], "glue/sst2"),
     "budget": (["compare", "--budget", "demo"], "demo-v1"),

@@ -180,3 +180,30 @@ def test_without_a_cache_nothing_is_kept() -> None:
     keys, values = call.keep(site, "x", a + 1, b + 1)
     assert keys.tolist() == torch.cat([a, a + 1], 2).tolist() and values.tolist() == torch.cat([b, b + 1], 2).tolist()
     assert len(cache.layers) == 3 and cache.get_seq_length() == 0
+
+
+def test_a_text_tower_whose_mask_is_made_above_its_attention_is_causal() -> None:
+    """CLIP's attention says that it is not causal, and gets a causal mask."""
+    text = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    vision = {k: v for k, v in text.items() if k != "vocab_size"} | {"image_size": 8, "patch_size": 4}
+    model = t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=vision))
+    found = {s.stack: s.is_causal for s in all_sites(model) if s.kind in ("block", "input")}
+    assert found == {"text": True, "vision": False}
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "placed_toy"])
+def test_roberta_counts_real_tokens_behind_soft_ones_too(method: str) -> None:
+    torch.manual_seed(0)
+    model = t.RobertaModel(t.RobertaConfig(**{**SIZES, "pad_token_id": 1}), add_pooling_layer=False).eval()
+    dt.attach(model, method)
+    left, right = torch.tensor([[1, 1, 5, 6, 7]]), torch.tensor([[5, 6, 7, 1, 1]])
+    one = model(left, attention_mask=(left != 1).long()).last_hidden_state[:, 2:]
+    other = model(right, attention_mask=(right != 1).long()).last_hidden_state[:, :3]
+    torch.testing.assert_close(one, other)
+    torch.testing.assert_close(one, model(left[:, 2:]).last_hidden_state)
