@@ -178,7 +178,7 @@ class Trial:
     def leaf(self, **hyper: Any) -> Leaf:
         """The method with its defaults, each cut to its limit on the bed's small layers."""
         if self.method.sources and self.method.needs_sources:
-            hyper.setdefault("sources", sources_for(self.method, self.bed, self.dtype))
+            hyper.setdefault("sources", sources_for(self.method.name, self.bed, self.dtype))
         if isinstance(self.method, Preset):
             return self.method(**hyper)  # type: ignore[return-value]
         config = self.method.configure()
@@ -245,13 +245,14 @@ class Trial:
 
 
 @functools.cache
-def sources_for(method: Any, bed: Bed, dtype: torch.dtype) -> tuple[str, ...]:
-    """Saved adapters on the bed's model, for a method or a preset that is made of such."""
-    folders = []
+def sources_for(name: str, bed: Bed, dtype: torch.dtype) -> tuple[str, ...]:
+    """Saved adapters on the bed's model, for the method or the preset of that name, which is made of such."""
+    method, folders = named(name), []
     for i in range(getattr(method, "n_sources", 2)):
         t = Trial(named(method.sources), bed, dtype, seed=i)
         with torch.random.fork_rng(devices=()):  # who asks first draws what it would have drawn
             if isinstance(method, Preset):  # at the places that they have by themselves, as it will be
+                torch.manual_seed(i)
                 adapter = perturb(attach(t.model(), t.leaf(), name=f"source{i}", head=None))
             else:
                 adapter = perturb(t.put(t.model(), f"source{i}"))

@@ -48,7 +48,7 @@ def _process(rank: int, folder: str, jobs: list[Job], seed: int) -> None:
     torch.set_num_threads(1)
     for _, method, bed, dtype in jobs:  # before there is a group: each rank saves its own
         if method.sources and method.needs_sources:
-            sources_for(method, BEDS[bed], getattr(torch, dtype))  # type: ignore[arg-type]
+            sources_for(method.name, BEDS[bed], getattr(torch, dtype))
     patience = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=patience)
     found = []

@@ -127,7 +127,7 @@ def beds_of(method: type[Method] | Preset) -> list[Bed]:
 def _takes(bed: Bed, tree: Preset) -> bool:
     """Can the tree stand on the bed's model?"""
     try:
-        made = {"sources": sources_for(tree, bed, torch.float32)} if tree.sources else {}
+        made = {"sources": sources_for(tree.name, bed, torch.float32)} if tree.sources else {}
         attach(bed.model(), tree(**made), head=None)
     except ValueError:
         return False

@@ -59,11 +59,6 @@ class AttentionFusion(Side, name="attention_fusion"):
 
     paper = "Findings of NAACL 2022, 64"
     lr = (1e-3, 1e-1)
-    exceptions = {
-        **Side.exceptions,
-        "copies": "the random Llama's states of a token are 0.8 % apart, so no query shows; its own tests do it on others",
-        "learns": "the random Llama's states of a token are 0.8 % apart, so no query shows; its own tests do it on others",
-    }
     query: Tensor = bank("d_in", zeros, train=True, by="stack")
 
     @classmethod

@@ -32,7 +32,7 @@ class InsertedPrompt(Method, name="inserted_prompt"):
     """X' = X with learned tokens among its words: behind a row's first token, around its first `at`, in front of its last.
 
     Without `at` the first token, which most task heads read, stands in its place. What is above sees the row's own tokens
-    alone. In a decoder it runs on whole rows, without a cache.
+    alone. In a decoder it stands in the prompt, and runs on whole rows, without a cache.
     """
 
     paper = "2101.00121"
@@ -90,6 +90,8 @@ class InsertedPrompt(Method, name="inserted_prompt"):
                 f"{self.where_am_i}: {self.name} stands among the words of whole rows under a (B, T) mask, and this call has a "
                 f"part of them or another mask; generate with use_cache=False"
             )
+        if self.site.is_causal:  # the last of the prompt, which does not move while a row grows
+            real = self.call.given(batch.shape[1], self.site, batch.device).expand(real.shape).long()
         first, last = real.argmax(1), real.shape[1] - 1 - real.flip(1).argmax(1)
         at = first if self.at is None else self.place(ids, real)
         gaps = torch.stack([first + 1, at, at + 1, last], 1)

@@ -22,6 +22,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "child_tuning_f": {"p": 0.4},
     "propelt": {"r": 4, "keep": 0.5},
     "propelt_prefix": {"n": 3, "mid": 6, "keep": 0.3},
+    "xprompt": {"n": 4, "pieces": 4, "tune": 2, "score": 2},
 }
 
 

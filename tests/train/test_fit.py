@@ -26,7 +26,7 @@ def setting(backbone: str, n: int = 48) -> tuple[nn.Module, Rows, Collate]:
     return model, encode(texts, [i % 2 for i in range(n)], tokenizer, 32), Collate(tokenizer, False)
 
 
-SMALL = {"prefix_tuning": {"n": 4}, "prompt_tuning": {"n": 4}, "propelt_prefix": {"n": 4, "mid": 8}}
+SMALL = {"dept": {"n": 4}, "prefix_tuning": {"n": 4}, "prompt_tuning": {"n": 4}, "propelt_prefix": {"n": 4, "mid": 8}}
 ON_TEXT = [
     name
     for name, m in {**METHODS, **PRESETS}.items()
