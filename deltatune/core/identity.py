@@ -54,8 +54,9 @@ def base_fingerprint(model: nn.Module, table: Iterable[Site]) -> Tensor | None:
     """The base's fingerprint, of the values before any adapter moved them in place or was merged."""
     record: Record | None = model.__dict__.get("_deltatune")
     moved: dict[str, Tensor] = {}
+    before: dict[int, Tensor] = {}  # of what is trained in place, also under the other names of a tied tensor
     for info in record.infos.values() if record else ():
-        moved |= info.originals
+        before |= {id(model.get_parameter(name)): kept for name, kept in info.originals.items()}
         for mark, kept in (info.merged or {}).items():
             at = mark.partition("|")[0]
             moved[f"{at}.weight"] = kept.weight
@@ -74,7 +75,9 @@ def base_fingerprint(model: nn.Module, table: Iterable[Site]) -> Tensor | None:
                 return record.fingerprint if record else None
             if p.is_meta and (kept_away := base.offloaded(module, key)) is not None:
                 p = kept_away
-            chosen[f"{site.module}.{key}"] = moved.get(f"{site.module}.{key}", p)
+            chosen[f"{site.module}.{key}"] = moved.get(
+                f"{site.module}.{key}", before.get(id(module._parameters[key]), p)
+            )
     return fingerprint(chosen)
 
 

@@ -1,6 +1,8 @@
 """What a method can know of a row: its tokens' places, which of them are given and not asked for, and what it kept."""
 
+import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -207,3 +209,18 @@ def test_roberta_counts_real_tokens_behind_soft_ones_too(method: str) -> None:
     other = model(right, attention_mask=(right != 1).long()).last_hidden_state[:, :3]
     torch.testing.assert_close(one, other)
     torch.testing.assert_close(one, model(left[:, 2:]).last_hidden_state)
+
+
+def test_a_base_trained_in_place_is_known_under_each_name_of_a_tied_tensor(tmp_path: Path) -> None:
+    """T5's token embeddings have three names; what is trained is saved with the values from before as the base's mark."""
+    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    model = t.T5ForConditionalGeneration(t.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)).eval()
+    fresh = copy.deepcopy(model)
+    adapter = dt.attach(model, "full")
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(torch.randn_like(p))
+    adapter.save(tmp_path)
+    dt.load(fresh, tmp_path)
+    theirs = dict(fresh.named_parameters())
+    assert all(torch.equal(p, theirs[n]) for n, p in model.named_parameters())
