@@ -95,6 +95,7 @@ class Delta(nn.Module):
     has_kv: bool = False
     has_tokens: bool = False
     has_embed: bool = False
+    has_gaps: bool = False
     reads_call: bool = False
     fast: bool = False  # run in activation space here
     noisy: bool = False  # its training forward is random: the weight path, which knows no rows, cannot run it
@@ -131,6 +132,10 @@ class Delta(nn.Module):
         """(B, P, D) to put in front of the model's embedded input `batch` (B, T, D)."""
         raise NotImplementedError
 
+    def gaps(self, batch: Tensor) -> Tensor:
+        """(B or 1, P), in front of which of its row's tokens each of `tokens` stands, 0 to T; without it all stand in front."""
+        raise NotImplementedError
+
     def embed(self, batch: Tensor, places: Tensor) -> Tensor:
         """The embedded input (B, T, D), adapted; `places` (1 or B, T) says which of its row's real tokens each is, from 0."""
         raise NotImplementedError
@@ -140,7 +145,7 @@ class Delta(nn.Module):
         return self.fold(weight, bias)
 
 
-_WORDS = ("pre", "post", "fold", "linear", "around", "kv", "tokens", "embed")
+_WORDS = ("pre", "post", "fold", "linear", "around", "kv", "tokens", "embed", "gaps")
 _WEIGHTS = frozenset({"linear", "conv2d", "embedding", "experts"})
 
 

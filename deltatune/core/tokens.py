@@ -31,14 +31,16 @@ def soft_tokens(live: list[Delta], embedded: Tensor) -> tuple[Tensor, Tensor | N
 
     Beside them (B, P), in front of which of the row's tokens each stands; None where all stand in front of the row.
     """
-    n_rows, tokens, gaps = embedded.shape[0], [embedded[:, :0]], []
-    for part in (part for d in reversed(live) for part in parts_of(d) if part.has_tokens):
+    n_rows, inserted = embedded.shape[0], False
+    tokens: list[Tensor] = []
+    gaps: list[tuple[Tensor | None, int]] = []
+    for part in [part for d in reversed(live) for part in parts_of(d) if part.has_tokens]:
         seen = cast(part, embedded.dtype)
         tokens.append(seen.tokens(embedded).to(embedded.dtype).expand(n_rows, -1, -1))
-        found = seen.gaps(embedded) if hasattr(part, "gaps") else None
-        gaps.append((found, tokens[-1].shape[1]))
-    if all(found is None for found, _ in gaps):
-        return torch.cat(tokens, 1), None
+        inserted = inserted or part.has_gaps
+        gaps.append((seen.gaps(embedded) if part.has_gaps else None, tokens[-1].shape[1]))
+    if not inserted:
+        return torch.cat(tokens, 1) if tokens else embedded[:, :0], None
     front = torch.zeros(1, dtype=torch.long, device=embedded.device)
     each = [front.expand(n_rows, n) if found is None else found.expand(n_rows, -1) for found, n in gaps]
     return torch.cat(tokens, 1), torch.cat(each, 1)
@@ -201,15 +203,14 @@ def input_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any
             if getattr(kwargs.get("past_key_values"), "is_compileable", False):
                 raise ValueError(f"{cls.__name__}: shift with relative positions does not run with a static cache")
             moved = 0  # the attention itself adds them
-        run = functools.partial(_lengthened, self, forward, live, moved) if live or moved else _plain(self, forward)
         frame: Frame | None = live[0].frame if live else self.__dict__.get("_deltatune_encoder")
         if frame is None or not frame.readers or frame.call is not None or live and live[0].site.stack == "decoder":
-            return run(kwargs, cls.__name__)
+            return _run(self, forward, live, moved, kwargs, cls.__name__)
         # no model's own forward around it: `generate` runs an encoder by itself, and a bare backbone is its own root
         own = {n: kwargs.pop(n) for n in OWN_FIELDS if n in kwargs}
         frame.call = call_of({**kwargs, **own}, frame)
         try:
-            out = run(kwargs, cls.__name__)
+            out = _run(self, forward, live, moved, kwargs, cls.__name__)
             if isinstance(out, dict):  # what deltas leave for the decoder goes with the states, beams and all
                 for key, state in frame.stash.items():
                     if key.startswith(LEFT):
@@ -222,8 +223,16 @@ def input_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any
     return input_forward
 
 
-def _plain(self: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda kwargs, where: forward(self, **kwargs)
+def _run(
+    self: nn.Module, forward: Callable[..., Any], live: list[Delta], moved: int, kwargs: dict[str, Any], where: str
+) -> Any:
+    return _lengthened(self, forward, live, moved, kwargs, where) if live or moved else forward(self, **kwargs)
+
+
+def _counts_ids(self: nn.Module) -> bool:
+    """Does it number the real tokens where it sees their ids (RoBERTa), and padding too where it does not?"""
+    embeddings = self._modules.get("embeddings")
+    return embeddings is not None and hasattr(type(embeddings), "create_position_ids_from_input_ids")
 
 
 def _places(kwargs: Mapping[str, Any], length: int, n_past: int, n: int, device: torch.device, where: str) -> Tensor:
@@ -255,13 +264,13 @@ def _lengthened(
             own = self.get_input_embeddings()(ids)  # type: ignore[operator]
         front, gaps = soft_tokens([d for d in live if d.has_tokens], own)
         n = front.shape[1]
-        by_ids = hasattr(getattr(self, "embeddings", None), "create_position_ids_from_input_ids")
+        by_ids = _counts_ids(self)
         changing = [d for d in live if d.has_embed]
         if changing:
             places = _places(kwargs, length, n_past, n, own.device, where)
             for delta in reversed(changing):  # the outermost first, as of any site's input
                 own = cast(delta, own.dtype).embed(own, places)
-            if by_ids and not n and kwargs.get("position_ids") is None:  # RoBERTa counts real tokens where it sees ids
+            if by_ids and not n and kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = _default_positions(self, kwargs, length, n_past)
             kwargs["input_ids"], kwargs["inputs_embeds"] = None, own
     limit = self.__dict__.get("_deltatune_positions")
@@ -282,7 +291,7 @@ def _lengthened(
             kwargs["cache_position"] = kwargs["cache_position"].new_tensor(range(n + length))
     elif live:
         placed = prefill and n > 0 and by_ids and ids is not None and kwargs.get("position_ids") is None
-        if placed:  # RoBERTa counts real tokens alone where it sees their ids, and padding too where it does not
+        if placed:
             real = _default_positions(self, {**kwargs, "input_ids": ids}, length, 0)
             first = int(self.embeddings.padding_idx) + 1  # type: ignore[union-attr, arg-type]
             late = torch.arange(first, first + n, device=real.device).expand(real.shape[0], -1)
@@ -309,7 +318,7 @@ def _lengthened(
     if not (n and prefill) or encodes and gaps is None:
         return out
     parts = [part for d in live for part in parts_of(d) if part.has_tokens]
-    if encodes and not all(hasattr(part, "gaps") for part in parts):
+    if encodes and not all(part.has_gaps for part in parts):
         raise ValueError(
             f"{where}: of prompts in front and soft tokens among an encoder's input the decoder sees one kind"
         )
