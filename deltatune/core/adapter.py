@@ -8,7 +8,7 @@ import contextlib
 import copy
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
@@ -525,3 +525,18 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     """The adapters on the model by name, also after deepcopy, pickle, spawn and sharding."""
     record = model.__dict__.get("_deltatune")
     return {n: Adapter(model, n) for n in record.infos} if record is not None else {}
+
+
+@contextlib.contextmanager
+def only(there: Mapping[str, Adapter], names: Collection[str]) -> Iterator[None]:
+    """Exactly these adapters change the forward, inside a `with`."""
+    before = {name: adapter.enabled for name, adapter in there.items()}
+    try:
+        for name, adapter in there.items():
+            if adapter.enabled is not (name in names):
+                (adapter.disable if adapter.enabled else adapter.enable)()
+        yield
+    finally:
+        for name, adapter in there.items():
+            if adapter.enabled is not before[name]:
+                (adapter.disable if adapter.enabled else adapter.enable)()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, adapters
+from ..core.adapter import Adapter, adapters, only
 from ..core.errors import unknown
 from ..core.schedule import Schedule
 from ..core.site import all_sites
@@ -134,25 +134,14 @@ def answers(model: nn.Module, names: Sequence[str], **batch: Any) -> dict[str, A
     blocks = shared(model, [found[name] for name in names])
     if "use_cache" in inspect.signature(model.forward).parameters:
         batch.setdefault("use_cache", False)
-    before = {name: adapter.enabled for name, adapter in found.items()}
     given: dict[str, Any] = {}
-    try:
-        with contextlib.ExitStack() as stack:
-            for block in blocks:
-                stack.enter_context(_once(block))
-            for name in names:
-                for other, adapter in found.items():
-                    _switch(adapter, other == name)
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(_once(block))
+        for name in names:
+            with only(found, [name]):
                 given[name] = model(**batch)
-    finally:
-        for name, adapter in found.items():
-            _switch(adapter, before[name])
     return given
-
-
-def _switch(adapter: Adapter, on: bool) -> None:
-    if adapter.enabled != on:
-        adapter.enable() if on else adapter.disable()
 
 
 def shared(model: nn.Module, each: Sequence[Adapter]) -> list[nn.Module]:

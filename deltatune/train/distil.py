@@ -5,8 +5,7 @@
 MPT's source stage (2303.02861): the teachers are prompts trained on one task each, and the student has them all.
 """
 
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, adapters
+from ..core.adapter import adapters, only
 from ..core.errors import unknown
 
 _HIDDEN = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
@@ -92,21 +91,6 @@ class Distil:
                 real = F.pad(mask, (far.shape[1] - mask.shape[1], 0), value=1) if far.shape[1] > mask.shape[1] else mask
                 terms.append((far * real).sum() / real.sum())
         return torch.stack(terms).mean()
-
-
-@contextmanager
-def only(there: Mapping[str, Adapter], names: Set[str]) -> Iterator[None]:
-    """Exactly these adapters change the forward, inside a `with`."""
-    before = {name: adapter.enabled for name, adapter in there.items()}
-    try:
-        for name, adapter in there.items():
-            if adapter.enabled is not (name in names):
-                (adapter.disable if adapter.enabled else adapter.enable)()
-        yield
-    finally:
-        for name, adapter in there.items():
-            if adapter.enabled is not before[name]:
-                (adapter.disable if adapter.enabled else adapter.enable)()
 
 
 class TaskBatches(torch.utils.data.Sampler[int]):
