@@ -237,7 +237,8 @@ class Trial:
         return (out.float() - target).square().mean() if out.dtype != torch.float64 else (out - target).square().mean()
 
     def gradients(self, model: nn.Module, tensors: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
-        """The loss's gradient of each tensor."""
+        """The loss's gradient of each tensor that is not empty."""
+        tensors = {n: t for n, t in tensors.items() if t.numel()}
         found = torch.autograd.grad(self.loss(model, seed), list(tensors.values()), allow_unused=True)
         for name, grad in zip(tensors, found, strict=True):
             assert grad is not None, f"{name} has no gradient"
@@ -341,8 +342,8 @@ def restored(t: Trial) -> None:
 
 def _step(t: Trial, model: nn.Module, adapter: Adapter) -> None:
     course = Schedules([adapter])
-    optimizer = torch.optim.SGD(adapter.groups(0.01))
     course.calibrate(lambda: [t.batch()], lambda model, batch: t.loss(model))
+    optimizer = torch.optim.SGD(adapter.groups(0.01))
     course.begin(optimizer, 1)
     t.loss(model).backward()
     course.before_step(0)
@@ -350,6 +351,11 @@ def _step(t: Trial, model: nn.Module, adapter: Adapter) -> None:
     course.after_step(0)
     optimizer.zero_grad()
     course.end()
+
+
+def _filled(adapter: Adapter) -> list[tuple[str, Tensor]]:
+    """What is trained and not empty: a tensor that waits for its phase has no gradient."""
+    return [(name, p) for name, p in adapter.named_parameters() if p.numel()]
 
 
 @check()
@@ -369,7 +375,7 @@ def trains(t: Trial) -> None:
     perturb(adapter)
     model.train()
     t.loss(model).backward()
-    for name, p in adapter.named_parameters():
+    for name, p in _filled(adapter):
         assert p.grad is not None, f"{name} has no gradient"
         assert bool(torch.isfinite(p.grad).all()), f"the gradient of {name} is not finite"
         assert bool(p.grad.any()), f"the gradient of {name} is zero"
@@ -542,7 +548,7 @@ def half(t: Trial) -> None:
     )
     model.train()
     t.loss(model).backward()
-    for name, p in adapter.named_parameters():
+    for name, p in _filled(adapter):
         assert t.method.in_place or p.dtype == torch.float32, f"{name} is {p.dtype}"
         assert p.grad is not None, f"{name} has no gradient"
         assert p.grad.dtype == p.dtype, f"the gradient of {name} is {p.grad.dtype}"
@@ -792,8 +798,8 @@ def learns(t: Trial) -> None:
     model.train()
     course = Schedules([adapter])
     n_steps = 20
-    optimizer = torch.optim.AdamW(course.groups(t.method.lr[1]))
     course.calibrate(lambda: [t.batch()], lambda model, batch: t.loss(model))
+    optimizer = torch.optim.AdamW(course.groups(t.method.lr[1]))
     course.begin(optimizer, n_steps)
     losses = []
     for step in range(n_steps):

@@ -24,6 +24,7 @@ from .errors import unknown
 from .identity import backbone_id, base_fingerprint, check_base, table_hash
 from .method import Delta, Method
 from .probe import probe
+from .ragged import refill
 from .record import HEAD, Entry, Info, Record, refresh, release, remove, standing
 from .runtime import Banks, original, walk
 from .schedule import Schedule
@@ -497,21 +498,34 @@ def fill(adapter: Adapter, path: str | os.PathLike[str], tensors: Mapping[str, T
     """Copy a file's tensors into the adapter. Raises ValueError, and changes nothing, where they are not its own."""
     _reshard(adapter.model)
     targets: dict[str, Tensor] = {}
+    ragged: dict[str, tuple[Method, str]] = {}
     for (leaf, site), delta in adapter.deltas.items():
-        targets |= {f"{leaf}.{site}.{n}": t for n, t in delta.state_dict(keep_vars=True).items()}
+        own = delta.state_dict(keep_vars=True)
+        targets |= {f"{leaf}.{site}.{n}": t for n, t in own.items()}
+        found = {n: tensors[f"{leaf}.{site}.{n}"] for n in own if n in delta.ragged and f"{leaf}.{site}.{n}" in tensors}
+        ragged |= {f"{leaf}.{site}.{n}": (delta, n) for n in found}
+        if found:
+            try:
+                delta.check_ragged(found)
+            except ValueError as error:
+                raise ValueError(f"{path}: {site}: {error}") from None
     if adapter.bank is not None:
         targets |= {f"bank.{n}": t for n, t in adapter.bank.state_dict(keep_vars=True).items()}
     owned = {f"0.{n}": p for n, p in adapter.owned().items()}
     want = targets | {
         k: p for k, p in owned.items() if k in tensors
     }  # of what is trained in place, the file has what moved
-    files.check_keys(str(path), {k: tuple(t.shape) for k, t in want.items()}, tensors)
+    shapes_here = {k: tuple((tensors[k] if k in ragged else t).shape) for k, t in want.items()}
+    files.check_keys(str(path), shapes_here, tensors)
     with torch.no_grad():
         for name, kept in adapter._info.originals.items():
             if f"0.{name}" not in tensors:
                 assign(owned[f"0.{name}"], kept)
         for key, target in want.items():  # in one order on every rank: a file's own order is not
-            assign(target, tensors[key])
+            if key in ragged:
+                refill(*ragged[key], tensors[key])
+            else:
+                assign(target, tensors[key])
 
 
 def _reshard(model: nn.Module) -> None:

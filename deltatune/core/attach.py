@@ -314,6 +314,7 @@ def _built(
     built: dict[At, dict[str, Delta]] = {}
     for path, found in chosen.items():
         leaf = leaves[path]
+        numbers = leaf.method.numbers(leaf.config, [site for site, _ in found])
         for site, config in found:
             check_reachable(modules, site.module)
             for end in (site.entry, site.leave):
@@ -326,7 +327,7 @@ def _built(
                     f"{base.own_class(modules[site.module]).__name__} does not call"
                 )
             here = built.setdefault((site.name, path == HEAD), {})
-            here[path] = leaf.method.make(config, site, modules[site.module], shared, path)
+            here[path] = leaf.method.make(config, site, modules[site.module], shared, path, numbers.get(site.name))
     return built
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .refold import Folded, linear, plain_autograd
 from .site import Site
 
 if TYPE_CHECKING:
@@ -163,9 +164,6 @@ class Base:
         return t if t.dtype == torch.float64 else t.float()
 
 
-Folded = tuple[Tensor, Tensor | None]
-
-
 def fold_one(delta: "Delta", weight: Tensor, bias: Tensor | None) -> Folded:
     """`delta.fold` on the whole (O, I) matrix of its module: a slice folds its rows, experts fold each their own."""
     site = delta.site
@@ -216,6 +214,22 @@ def restored(module: nn.Module, site: Site, weight: Tensor) -> Tensor:
     return weight
 
 
+def trained_base(module: nn.Module, site: Site) -> bool:
+    """Does the layer's own weight or bias take a gradient?"""
+    return any(t is not None and t.requires_grad for t in (stored(module, site), bias_of(module, site)))
+
+
+def _is_at_hand(module: nn.Module, site: Site, x: Tensor) -> bool:
+    """Is the weight a plain tensor in the activations' dtype, here and whole?"""
+    weight = stored(module, site)
+    return not (weight.dtype != x.dtype or quantised(weight) or weight.is_meta or hasattr(weight, "full_tensor"))
+
+
+def _cast_fold(module: nn.Module, deltas: Sequence["Delta"], dtype: torch.dtype) -> Folded:
+    weight, bias = folded(module, deltas)
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
 class _Seen:
     """A module seen with other weights: what dynamo follows where a bare instance's `__dict__` is closed to it (torch 2.11)."""
 
@@ -246,6 +260,12 @@ def apply(
 ) -> Any:
     """The module's own `forward` with its weight replaced by the folded one: the weight path, for every kind of site."""
     site = deltas[0].site
+    if site.kind == "linear" and plain_autograd(x) and not trained_base(module, site):
+        first = deltas[0]
+        if len(deltas) == 1 and first.has_product and not site.rows and _is_at_hand(module, site, x):
+            return first.product(x, matrix(module, site), bias_of(module, site))
+        if not any(d.random_fold for d in deltas):
+            return linear(x, partial(_cast_fold, module, tuple(deltas), x.dtype), deltas)
     if len({d.site.param for d in deltas}) == 1:
         weight, bias = folded(module, deltas)
         replaced: dict[str, Tensor | None] = {site.param: restored(module, site, weight)}

@@ -12,7 +12,8 @@
         def fold(self, weight, bias):
             return weight + self.alpha / self.r * (self.b @ self.a), bias
 
-The contract is six words, all optional, all pure: `fold`, `pre`, `post`, `around`, `kv`, `tokens`, and `linear` for speed. From
+The contract is six words, all optional, all pure: `fold`, `pre`, `post`, `around`, `kv`, `tokens`; `linear` and `product` are
+for speed. From
 the declaration come allocation, the parameter count, the file layout, the command line and the docs. Calling the class
 gives a leaf of a tree (`dt.LoRA(r=16)`); `attach` makes the deltas, one per site.
 """
@@ -91,6 +92,7 @@ class Delta(nn.Module):
     has_post: bool = False
     has_fold: bool = False
     has_linear: bool = False
+    has_product: bool = False
     has_around: bool = False
     has_kv: bool = False
     has_tokens: bool = False
@@ -98,6 +100,7 @@ class Delta(nn.Module):
     has_gaps: bool = False
     reads_call: bool = False
     fast: bool = False  # run in activation space here
+    random_fold: bool = False  # `fold` draws: it cannot be computed again in the backward
     noisy: bool = False  # its training forward is random: the weight path, which knows no rows, cannot run it
     frame: "Frame"
     switch: "Switch"
@@ -118,6 +121,10 @@ class Delta(nn.Module):
 
     def linear(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
         """The whole layer at once, for a delta alone at a linear site; equal to `post(base(x), x)`."""
+        raise NotImplementedError
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The whole layer at once, of a delta alone on a plain (O, I) weight; equal to `F.linear(x, *fold(weight, bias))`."""
         raise NotImplementedError
 
     def around(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
@@ -145,7 +152,7 @@ class Delta(nn.Module):
         return self.fold(weight, bias)
 
 
-_WORDS = ("pre", "post", "fold", "linear", "around", "kv", "tokens", "embed", "gaps")
+_WORDS = ("pre", "post", "fold", "linear", "product", "around", "kv", "tokens", "embed", "gaps")
 _WEIGHTS = frozenset({"linear", "conv2d", "embedding", "experts"})
 
 
@@ -160,6 +167,7 @@ class Method(Delta):
     kinds: ClassVar[frozenset[str]] = frozenset()  # the kinds of site it can sit on; by default what its words allow
     fast_kinds: ClassVar[frozenset[str]] = frozenset({"linear"})  # weight kinds on which pre and post mean the same
     around_kinds: ClassVar[frozenset[str]] = frozenset()  # the kinds on which it says its maths by `around`
+    ragged: ClassVar[frozenset[str]] = frozenset()  # slots whose shape the course decides; a file brings its own
     limits: ClassVar[Mapping[str, str]] = {}  # hyperparameter -> its largest value, in the language of shapes
     lr: ClassVar[tuple[float, float]] = (
         1e-4,
@@ -265,12 +273,27 @@ class Method(Delta):
         return True
 
     @classmethod
-    def make(cls, config: Any, site: Site, module: nn.Module, shared: Bank, path: str = "0") -> "Method":
+    def numbers(cls, config: Any, sites: "Sequence[Site]") -> "Mapping[str, Mapping[str, int | float]]":
+        """By site name, what a site's delta has to know of all the leaf's sites: attributes, and names in its shapes."""
+        return {}
+
+    @classmethod
+    def make(
+        cls,
+        config: Any,
+        site: Site,
+        module: nn.Module,
+        shared: Bank,
+        path: str = "0",
+        numbers: "Mapping[str, int | float] | None" = None,
+    ) -> "Method":
         """Build the delta of one site. Raises ValueError naming the site and the number that does not fit."""
         self = cls.blank()
         nn.Module.__init__(self)
         for f in fields(config):
             object.__setattr__(self, f.name, getattr(config, f.name))
+        self.__dict__["_numbers"] = dict(numbers or {})
+        self.__dict__.update(numbers or {})
         self.config, self.site = config, site
         self.__dict__["_bank"] = (shared, {})
         self.path = path
@@ -357,7 +380,9 @@ class Method(Delta):
             "n_kv_heads": self.site.n_kv_heads,
             "d_head": self.site.d_head,
         }
-        return sizes | {k: v for k, v in numbers.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        numbers = {k: v for k, v in numbers.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        of_all: dict[str, Any] = self.__dict__["_numbers"]
+        return sizes | numbers | of_all
 
     def check_limits(self, dims: Mapping[str, Any]) -> None:
         """Raise ValueError where a hyperparameter that is a size is below 1 or above its declared limit."""
@@ -373,6 +398,9 @@ class Method(Delta):
     @classmethod
     def check_set(cls, config: Any, deltas: "Sequence[Method]") -> None:
         """Raise ValueError where the standing deltas of a leaf cannot take these hyperparameters; by default they can."""
+
+    def check_ragged(self, tensors: "Mapping[str, Tensor]") -> None:
+        """Raise ValueError where a file's ragged tensors do not fit each other, or the site; by default they do."""
 
     @classmethod
     def n_moving(cls, config: Any, n: int) -> int:
@@ -464,6 +492,7 @@ class Meet(Delta):
         self.has_embed = any(p.has_embed for p in parts)
         self.reads_call = any(p.reads_call for p in parts)
         self.fast = self.has_post
+        self.random_fold = any(p.random_fold for p in parts)
         if op == "average" and (self.has_kv or self.has_tokens or self.has_embed):
             names = ", ".join(getattr(p, "name", type(p).__name__) for p in parts)
             raise ValueError(

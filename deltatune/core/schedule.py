@@ -3,7 +3,7 @@
 A `Schedule` belongs to one adapter. Our trainer, the plain `TrainerCallback` and a hand-written loop call the same
 events in the same order:
 
-    calibrate(batches, loss)             once, where the method looks at data first (`needs_data`)
+    calibrate(batches, loss)             once, where the method looks at data first (`needs_data`): before the optimiser
     begin(optimizer, n_steps, n_micro)   once, when the optimiser exists; the number of optimiser steps is fixed here
     before_step(step), optimizer.step(), after_step(step), optimizer.zero_grad()
     end()
@@ -26,6 +26,7 @@ class Schedule:
 
     needs_groups = False  # True: the optimiser must have been built from `groups`; `begin` raises where it was not
     has_penalty = False  # True: it adds to gradients what is not scaled with the loss
+    resizes = False  # True: it changes the shape of what is trained in mid-run, which DDP and FSDP do not follow
     needs_data = False  # True: `calibrate` must have run; `begin` raises where it did not
 
     def __init__(self, adapter: "Adapter") -> None:
@@ -59,6 +60,12 @@ class Schedule:
         Raises ValueError where the optimiser misses what the schedule needs, or the data was not looked at.
         """
         self.n_steps = n_steps
+        there = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.resizes and there and torch.distributed.get_world_size() > 1:
+            raise ValueError(
+                f"adapter {self.adapter.name!r}: {type(self).__name__} changes in mid-run how much is trained, and the other "
+                f"processes of DDP or FSDP would not follow; train it in one process"
+            )
         if self.needs_data and not self.adapter._info.calibrated:
             raise ValueError(
                 f"adapter {self.adapter.name!r}: {type(self).__name__} looks at data first; call "

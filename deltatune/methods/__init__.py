@@ -24,6 +24,7 @@ from . import (  # fmt: skip
     rescale,
     rows,
     side,
+    sparse,
     special,
     transfer,
     unified,

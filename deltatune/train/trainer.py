@@ -47,7 +47,7 @@ def check_alive(model: nn.Module, optimizer: Any, found: list[Adapter]) -> None:
                 raise ValueError(
                     f"{where} is {p.dtype}: the model was cast after attach; cast it first, deltas stay fp32"
                 )
-            if p.grad is None and id(p) in asleep:  # a resumed run may begin where this one is left out
+            if p.grad is None and (id(p) in asleep or not p.numel()):  # a resumed run may begin where it is left out
                 continue
             if p.grad is None:
                 raise ValueError(

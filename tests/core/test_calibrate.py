@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deltatune.core.calibrate import gradients
+from deltatune.core.calibrate import Covariance, Gradients, collect, gradients
 
 
 def loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -49,3 +49,61 @@ def test_errors_name_the_tensor_and_restore() -> None:
     with pytest.raises(ValueError, match="no batch"):
         gradients(model, {"w": model.weight}, [], loss)
     assert not any(t.requires_grad for t in (model.weight, model.bias, idle))
+
+
+def padded() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    return {"x": torch.randn(2, 3, 4, generator=generator), "attention_mask": mask}
+
+
+def of_rows(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    out = model(batch["x"]) * batch["attention_mask"][..., None]
+    return out.square().sum() / len(out)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_covariances_of_real_tokens(frozen: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).requires_grad_(not frozen)
+    at = {"last": model[2]}
+    wanted = {
+        "in": Covariance(at, "input"), "out": Covariance(at, "output"), "grad": Covariance(at, "gradient"),
+        "fisher": Gradients({"w": model[0].weight}),
+    }  # fmt: skip
+    got = collect(model, [padded(), padded()], of_rows, wanted)
+    batch = padded()
+    real = batch["attention_mask"].bool()
+    inputs = model[1](model[0](batch["x"][real]))
+    outputs = model[2](inputs)
+    for name, rows in {"in": inputs, "out": outputs, "grad": outputs}.items():  # the loss is |y|^2 / 2: g = y
+        torch.testing.assert_close(got[name]["last"], rows.t() @ rows / len(rows))
+    model.requires_grad_(True)
+    (grad,) = torch.autograd.grad(of_rows(model, batch), [model[0].weight])
+    torch.testing.assert_close(got["fisher"]["w"], grad.square())
+    assert not model[2]._forward_hooks
+
+
+def test_gradients_at_a_frozen_layer_alone() -> None:
+    model = nn.Linear(4, 3).requires_grad_(False)
+    got = collect(model, [padded()], of_rows, {"g": Covariance({"it": model}, "gradient")})["g"]["it"]
+    rows = model(padded()["x"][padded()["attention_mask"].bool()])
+    torch.testing.assert_close(got, rows.t() @ rows / len(rows))
+    with pytest.raises(ValueError, match="idle did not run"):
+        collect(model, [padded()], of_rows, {"g": Covariance({"idle": nn.Linear(2, 2)}, "gradient")})
+    with pytest.raises(ValueError, match="'input', 'output' or 'gradient', not 'x'"):
+        Covariance({}, "x")  # type: ignore[arg-type]
+
+
+def test_examples_one_by_one() -> None:
+    model = nn.Linear(4, 3)
+    tensors = {"w": model.weight}
+    got = collect(model, [padded(), padded()], of_rows, {"f": Gradients(tensors)}, rows="example", most=3)["f"]["w"]
+    batch = padded()
+    each = []
+    for i in (0, 1, 0):
+        one = {k: v[i : i + 1] for k, v in batch.items()}
+        each.append(torch.autograd.grad(of_rows(model, one), [model.weight])[0].square())
+    torch.testing.assert_close(got, torch.stack(each).mean(0))
+    moved = Gradients(tensors, lambda g, t: (g * t).abs())
+    both = collect(model, [batch], of_rows, {"a": moved, "b": Gradients(tensors, lambda g, t: g)})
+    torch.testing.assert_close(both["a"]["w"], (both["b"]["w"] * model.weight).abs())

@@ -1,0 +1,27 @@
+"""Tensors whose shape the course of the training decides: values at chosen indices, ranks that grow, what was emptied."""
+
+import torch
+from torch import Tensor, nn
+
+from .sharded import assign
+
+
+@torch.no_grad()
+def refill(delta: nn.Module, key: str, value: Tensor) -> None:
+    """Give the tensor `key` of `delta` other contents, of another shape where that is so.
+
+    It stays the same object, so an optimiser that was built at the start goes on with it; its moments there are the
+    caller's. Raises ValueError where it is sharded and the shape would change.
+    """
+    target: Tensor | None = delta._parameters.get(key)
+    if target is None:
+        target = delta._buffers.get(key)
+    assert target is not None, key
+    if target.shape == value.shape:
+        assign(target, value)
+        return
+    if hasattr(target, "full_tensor"):
+        raise ValueError(f"{key} of {tuple(target.shape)} is sharded; it cannot become {tuple(value.shape)}")
+    target.data = torch.empty(value.shape, dtype=target.dtype, device=target.device)
+    target.copy_(value)  # which also tells who looked at it that it is another
+    target.grad = None
