@@ -288,7 +288,7 @@ def install_trainer() -> None:
         ):  # a checkpoint is trained on from: with what a finished file lacks
             names = adapters(self.accelerator.unwrap_model(self.model))
             for name, adapter in names.items():
-                if adapter.finished()[0] != adapter.tree:
+                if not adapter.is_finished():
                     at = output_dir if len(names) == 1 else os.path.join(output_dir, name)
                     adapter.save(at, resumable=True)
 

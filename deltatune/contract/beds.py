@@ -92,12 +92,13 @@ class Attention(nn.Module):
             self.q_proj, self.k_proj, self.v_proj = (linear(WIDTH, WIDTH) for _ in range(3))
         self.o_proj = linear(WIDTH, WIDTH)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, T, D) -> (B, T, D)"""
+    def forward(self, x: Tensor, mask: Tensor | None, memory: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D), the keys and values of `memory` (B, S, D) where there is one"""
+        memory = x if memory is None else memory
         if "qkv_proj" in self._modules:
             parts = self.qkv_proj(x).chunk(3, -1)
         else:
-            parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+            parts = (self.q_proj(x), self.k_proj(memory), self.v_proj(memory))
         q, k, v = (part.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for part in parts)
         seen = None if mask is None else mask[:, None, None].bool()
         return self.o_proj(F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2))
@@ -126,6 +127,20 @@ class Block(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D)"""
         x = x + self.self_attn(self.norm_attn(x), mask)
+        return x + self.mlp(self.norm_mlp(x))
+
+
+class Reader(Block):
+    """The same with a cross-attention between the two."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear, nn.LayerNorm, False, False)
+        self.norm_cross, self.cross_attn = nn.LayerNorm(WIDTH), Attention(nn.Linear, False)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
+        """(B, T, D), (B, S, D) -> (B, T, D)"""
+        x = x + self.self_attn(self.norm_attn(x), mask)
+        x = x + self.cross_attn(self.norm_cross(x), mask, memory)
         return x + self.mlp(self.norm_mlp(x))
 
 
@@ -166,6 +181,34 @@ class Talker(Net):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, T) -> (B, T, V)"""
         return self.lm_head(super().forward(input_ids, attention_mask))
+
+
+class Stack(nn.Module):
+    """One block."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([block])
+
+
+class Translator(nn.Module):
+    """An encoder's block and a decoder's that reads it, of one text: (B, T) ids -> (B, T, C)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(VOCAB, WIDTH)
+        self.encoder = Stack(Block(nn.Linear, nn.LayerNorm, False, False))
+        self.decoder = Stack(Reader())
+        self.classifier = nn.Linear(WIDTH, N_CLASSES)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, T) -> (B, T, C)"""
+        x = memory = self.embed_tokens(input_ids)
+        (block,), (reader,) = self.encoder.layers, self.decoder.layers
+        if block.reentrant and self.training and not x.requires_grad:
+            x = memory = x.detach().requires_grad_()
+        memory = block(memory, attention_mask)
+        return self.classifier(reader(x, attention_mask, memory=memory))
 
 
 class ImageNet(nn.Module):
@@ -253,10 +296,10 @@ class Bed:
 
     def suits(self, method: type[Method]) -> bool:
         """Does the method name this kind, and mean one of these sites?"""
-        if self.kind not in method.kinds or self.where == "lm_head" and method.where != "lm_head":
+        if self.kind not in method.kinds or self.where in ("lm_head", "cross") and method.where != self.where:
             return False
         if method.in_place:
-            return True
+            return method.where != "cross" or self.where == "cross"
         slow = (
             self.kind not in method.fast_kinds or bool(self.where) and method.has_pre
         )  # a slice has no input of its own
@@ -331,6 +374,7 @@ _ALL = (
     Bed("experts", "experts", functools.partial(Net, sparse=True), one=("layers.0.mlp.experts.down_proj",)),
     Bed("quantised", "linear", Net, later="quantised bases come with their own issue"),
     Bed("lm-head", "linear", Talker, where="lm_head", one=("lm_head",)),
+    Bed("cross", "linear", Translator, where="cross", one=("decoder.layers.0.cross_attn.q_proj",)),
     Bed("span", "span", Net, one=("layers.0:mlp",)),
     Bed("span-attn", "span", Net, where="attn", one=("layers.0:attn",)),
     Bed("block", "block", llama, one=("layers.1",)),

@@ -263,6 +263,11 @@ class Adapter:
             kept |= {f"{path}.{site}.{name}": t for name, t in tensors.items()}
         return self.tree.replaced(done), kept
 
+    def is_finished(self) -> bool:
+        """Does `save` keep all that training goes on from?"""
+        (tree, kept), state = self.finished(), self.state_dict()
+        return tree == self.tree and {n: t.shape for n, t in kept.items()} == {n: t.shape for n, t in state.items()}
+
     def save(self, path: str | os.PathLike[str], *, format: str = "deltatune", resumable: bool = False) -> None:
         """Write `adapter.safetensors` and `adapter.json` into the folder `path`, atomically.
 
@@ -281,6 +286,7 @@ class Adapter:
             return
         info, record = self._info, self._record
         tree, state = (info.tree, self.state_dict()) if resumable else self.finished()
+        ragged = any(leaf.method.ragged for _, leaf in tree.leaves())
         table = all_sites(self.model)
         mark = base_fingerprint(self.model, table)
         if mark is None:
@@ -299,7 +305,7 @@ class Adapter:
             "in_place": info.owned,
             "backbone": backbone_id(self.model),
             "site_table": table_hash(table),
-            "n_params": self.params() if tree == info.tree else _n_trained(self, tree),
+            "n_params": self.params() if tree == info.tree and not ragged else _n_trained(self, tree, state),
             "n_head": self.n_head,
             "seed": info.seed,
         }
@@ -466,12 +472,16 @@ class Adapter:
             release(self.model, record)
 
 
-def _n_trained(adapter: Adapter, tree: Tree) -> int:
-    """How many numbers the adapter's sites would train under the leaves of `tree`, without the head."""
+def _n_trained(adapter: Adapter, tree: Tree, state: Mapping[str, Tensor]) -> int:
+    """How many numbers the adapter's sites would train under the leaves of `tree` and its `state`, without the head."""
     leaves, shared, n = dict(tree.leaves()), {}, 0
-    for (path, _), delta in adapter.deltas.items():
+    for (path, site), delta in adapter.deltas.items():
         leaf = leaves.get(path)
         for key, slot in leaf.method.slots_of(leaf.config).items() if leaf else ():
+            if key in leaf.method.ragged:  # its size is what the course has left, and a site may not have it at all
+                held = state.get(f"{path}.{site}.{key}")
+                n += held.numel() if slot.train and held is not None else 0
+                continue
             shape = shapes.sizes(slot.shape, delta.dims(base.Base(adapter.model, delta.site)))
             if slot.shared and slot.train:
                 shared[delta.bank_key(key, slot, shape)] = math.prod(shape)

@@ -75,7 +75,8 @@ class Gradients:
 class Covariance:
     """E[v v^T] over real tokens, (D, D) in fp32, of the modules' inputs, of their outputs or of the loss's gradient there.
 
-    Not centred; of an fp64 model in fp64. A gradient is that of the loss as it is given: a mean over B rows makes it 1 / B of a row's own.
+    Not centred; of an fp64 model in fp64. A gradient is that of the loss as it is given: a mean over B rows makes it 1 / B
+    of a row's own.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], of: Literal["input", "output", "gradient"] = "input") -> None:

@@ -235,6 +235,7 @@ class Preset:
     sources: str = ""  # the method whose saved adapters it is made of; then its function takes `sources`
     n_sources: int = 2  # how many of them the contract suite gives it
     in_place: ClassVar[bool] = False
+    still: ClassVar[Mapping[str, str]] = {}
     needs_sources: ClassVar[bool] = True
 
     def __call__(self, **hyper: Any) -> Tree:

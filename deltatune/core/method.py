@@ -180,6 +180,7 @@ class Method(Delta):
     sources: ClassVar[str] = ""  # the method whose saved adapters it is made of
     needs_sources: ClassVar[bool] = True  # or can start without them
     exceptions: ClassVar[Mapping[str, str]] = {}  # contract check -> why this method is exempt
+    still: ClassVar[Mapping[str, str]] = {}  # trained slot -> why its gradient may be zero
     slots: ClassVar[dict[str, Slot]] = {}
     Config: ClassVar[type]
     config: Any

@@ -22,6 +22,9 @@ def refill(delta: nn.Module, key: str, value: Tensor) -> None:
         return
     if hasattr(target, "full_tensor"):
         raise ValueError(f"{key} of {tuple(target.shape)} is sharded; it cannot become {tuple(value.shape)}")
-    target.data = torch.empty(value.shape, dtype=target.dtype, device=target.device)
+    # the graph of a loss that someone still holds keeps a node for the old shape; for another dtype torch drops it
+    dtype = target.dtype
+    target.data = torch.empty(0, dtype=torch.float16 if dtype != torch.float16 else torch.float32, device=target.device)
+    target.data = torch.empty(value.shape, dtype=dtype, device=target.device)
     target.copy_(value)  # which also tells who looked at it that it is another
     target.grad = None

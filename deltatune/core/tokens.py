@@ -314,7 +314,7 @@ def _lengthened(
             at = _default_positions(self, kwargs, length + (n if prefill else 0), n_past)
         kwargs["position_ids"] = at + moved
     out = forward(self, **kwargs)
-    encodes = bool(live) and live[0].site.stack == "encoder"
+    encodes = len(live) > 0 and live[0].site.stack == "encoder"
     if not (n and prefill) or encodes and gaps is None:
         return out
     parts = [part for d in live for part in parts_of(d) if part.has_tokens]

@@ -84,11 +84,31 @@ def test_exceptions_are_real(name: str) -> None:
         bare = type("Bare", (method,), {"exceptions": {}})
         bare.name = name
     for check, reason in method.exceptions.items():
-        assert check in contract.CHECKS
+        assert check in (*contract.CHECKS, *contract.PAIR)
         assert check not in NEEDED
         assert len(reason.split()) > 3
-        results = contract.run_check(bare, check, seed=SEED, full=True)
-        assert any(r.status == "failed" for r in results), f"{name} passes {check} everywhere: its exception is stale"
+        if check in contract.PAIR:
+            beds = [bed.name for bed in contract.beds_of(method) if not bed.later]
+            failed = any(two_processes([(check, method, bed, "float32") for bed in beds], SEED))
+        else:
+            failed = any(r.status == "failed" for r in contract.run_check(bare, check, seed=SEED, full=True))
+        assert failed, f"{name} passes {check} everywhere: its exception is stale"
+
+
+STILL = [name for name, method in METHODS.items() if method.still and name in OURS]
+
+
+@pytest.mark.parametrize("name", STILL)
+def test_stillness_is_real(name: str) -> None:
+    """A tensor whose gradient may be zero has a zero gradient somewhere, and the method says why."""
+    method = METHODS[name]
+    for slot, reason in method.still.items():
+        assert slot in method.slots and method.slots[slot].train
+        assert len(reason.split()) > 3
+        bare: Any = type("Bare", (method,), {"still": {k: v for k, v in method.still.items() if k != slot}})
+        bare.name = name
+        results = contract.run_check(bare, "trains", seed=SEED, full=True)
+        assert any(f"{slot} is zero" in r.detail for r in results), f"{name}: {slot} moves everywhere"
 
 
 def test_a_method_has_its_share() -> None:

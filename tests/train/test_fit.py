@@ -26,11 +26,17 @@ def setting(backbone: str, n: int = 48) -> tuple[nn.Module, Rows, Collate]:
     return model, encode(texts, [i % 2 for i in range(n)], tokenizer, 32), Collate(tokenizer, False)
 
 
-SMALL = {"dept": {"n": 4}, "prefix_tuning": {"n": 4}, "prompt_tuning": {"n": 4}, "propelt_prefix": {"n": 4, "mid": 8}}
+SMALL = {
+    "dept": {"n": 4},
+    "intrinsic_said": {"d": 500},
+    "prefix_tuning": {"n": 4},
+    "prompt_tuning": {"n": 4},
+    "propelt_prefix": {"n": 4, "mid": 8},
+}
 ON_TEXT = [
     name
     for name, m in {**METHODS, **PRESETS}.items()
-    if name not in ("copy", "vpt", "verbaliser") and "toy" not in name and not (m.sources and m.needs_sources)
+    if name not in ("copy", "vpt", "verbaliser", "xattn") and "toy" not in name and not (m.sources and m.needs_sources)
 ]
 
 
@@ -116,7 +122,7 @@ def test_three_loops_are_one(backbone: str, tmp_path: Path) -> None:
         assert noted.seen == want, loop
         results.append(torch.cat([p.detach().flatten() for p in adapter.parameters()]))
     assert torch.equal(results[0], results[1])
-    assert torch.allclose(results[0], results[2], atol=1e-6)
+    assert torch.allclose(results[0], results[2], atol=1e-5)  # a thousandth of one step: AdamW's fused and plain form
 
 
 def test_groups_that_a_schedule_needs(backbone: str) -> None:
