@@ -16,12 +16,16 @@ import adapter_drop
 import attach
 import coda
 import imports
+import lora_prune
 import lst
 import overhead
+import sparse
 import step
 from bench import BENCHMARKS, SHAPES, Options, Red, table, write
 
-assert {adapter_drop, attach, coda, imports, lst, overhead, step}, "imported for their places in BENCHMARKS"
+assert {adapter_drop, attach, coda, imports, lora_prune, lst, overhead, sparse, step}, (
+    "imported for their places in BENCHMARKS"
+)
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "bench"
 
 

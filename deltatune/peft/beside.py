@@ -11,7 +11,7 @@ from ..core.errors import unknown
 from ..core.record import HEAD
 from ..core.site import Site
 from ..methods.baseline import Copy
-from ..methods.bias import BitFit
+from ..methods.vectors import BitFit
 from .names import AUTO_HEADS, Named, all_used
 from .pieces import Key, Piece, Plan, made
 

@@ -11,12 +11,21 @@ from torch import Tensor, nn
 from ..core import base
 from ..core.site import Site
 from ..methods.lora import DoRA, LoRA
+from ..methods.orthogonal import BOFT, OFT
 from ..methods.prefix import PrefixTuning
+from ..methods.products import LoHa, LoKr
 from ..methods.prompt import PromptTuning
 from ..methods.ranks import AdaLoRA
 from ..methods.rescale import IA3
+from ..methods.sparse import SHiRA
+from ..methods.vectors import LNTuning
+from ..methods.vera import VeRA
+from .factors import factor_fields
+from .masks import shira_fields
 from .names import Named, exactly, matches
+from .rotations import boft_fields, oft_fields
 from .soft import is_causal, is_two, prefix_sites
+from .vectors import norm_tensors
 from .weights import no_groups
 
 _TASKS = {
@@ -251,8 +260,40 @@ def _write_prefix(named: Named, parts: Sequence[Part]) -> tuple[dict[str, Any], 
     }, {"prompt_embeddings": table.permute(2, 0, 1, 3).flatten(1)}  # fmt: skip
 
 
+def _write_oft(named: Named, parts: Sequence[Part]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    fields, tensors = oft_fields(parts, named.modules)
+    return _write_targets(named, parts) | fields, tensors
+
+
+def _write_boft(named: Named, parts: Sequence[Part]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    fields, tensors = boft_fields(parts, named.modules)
+    return _write_targets(named, parts) | fields, tensors
+
+
+def _write_norms(named: Named, parts: Sequence[Part]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    fields = {"peft_type": "LN_TUNING", "target_modules": _write_targets(named, parts)["target_modules"]}
+    return fields, norm_tensors(named, [(part.site, part.tensors) for part in parts])
+
+
+def _write_shira(named: Named, parts: Sequence[Part]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    fields, tensors = shira_fields(parts, named.modules)
+    return _write_targets(named, parts) | fields, tensors
+
+
+def _write_factors(named: Named, parts: Sequence[Part]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    targets, patterns = _write_targets(named, parts), {}
+    if parts[0].method is not VeRA:
+        del targets["fan_in_fan_out"]
+        for key, field in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
+            patterns[key] = most = _most(parts, key)
+            patterns[field] = {f"^{re.escape(p.site.name)}": p.hyper[key] for p in parts if p.hyper[key] != most}
+    fields, tensors = factor_fields(parts, named.modules, patterns)
+    return targets | fields, tensors
+
+
 _Write = Callable[[Named, Sequence[Part]], tuple[dict[str, Any], dict[str, Tensor]]]
 WRITE: dict[Any, _Write] = {
     LoRA: _write_lora, DoRA: _write_lora, AdaLoRA: _write_adalora, IA3: _write_ia3, PromptTuning: _write_prompt,
-    PrefixTuning: _write_prefix,
+    PrefixTuning: _write_prefix, LNTuning: _write_norms, OFT: _write_oft, BOFT: _write_boft,
+    SHiRA: _write_shira, LoHa: _write_factors, LoKr: _write_factors, VeRA: _write_factors,
 }  # fmt: skip

@@ -26,7 +26,10 @@ _TARGETS = {
     "exclude_modules": Field("translated", "left out of `where`"),
     "fan_in_fan_out": Field("no effect", "the layer itself says how its weight is stored"),
 }  # fmt: skip
-_START = "starts that leave the base as it is (True, False, gaussian, eva, orthogonal, mica): a file is past them, an object has True"
+_START = (
+    "starts that leave the base as it is (True, False, gaussian, eva, orthogonal, mica): a file is past them, an object has True; "
+    "pissa is the method `pissa`, pissa_niter_N in an object"
+)
 _LORA = _COMMON | _TARGETS | {
     "r": Field("translated", "`r`"),
     "lora_alpha": Field("translated", "`alpha`"),
@@ -60,6 +63,21 @@ _LORA = _COMMON | _TARGETS | {
     "kasa_config": Field("refused", "it changes the base's weights"),
     "ensure_weight_tying": Field("refused", "a delta on one layer is not tied to another's", (False, None)),
 }  # fmt: skip
+_LAYERS = {
+    "layers_to_transform": Field("translated", "`where`"),
+    "layers_pattern": Field("translated", "`where`"),
+}  # fmt: skip
+_LYCORIS = _COMMON | _LAYERS | {
+    "target_modules": _TARGETS["target_modules"],
+    "exclude_modules": _TARGETS["exclude_modules"],
+    "r": Field("translated", "`r`"),
+    "alpha": Field("translated", "`alpha`"),
+    "rank_pattern": Field("translated", "`where` as a mapping: `r` by place"),
+    "alpha_pattern": Field("translated", "`where` as a mapping: `alpha` by place"),
+    "rank_dropout": Field("training", "rows of the update that are 0 for a step", (0.0, 0)),
+    "module_dropout": Field("training", "layers without their update for a step", (0.0, 0)),
+    "use_effective_conv2d": Field("translated", "`effective`"),
+}  # fmt: skip
 _PROMPT = _COMMON | {
     "num_virtual_tokens": Field("translated", "`n`"),
     "token_dim": Field("translated", "must be the backbone's"),
@@ -92,6 +110,64 @@ FIELDS: dict[str, dict[str, Field]] = {
     "IA3": _COMMON | _TARGETS | {
         "feedforward_modules": Field("translated", "`side=\"input\"` there, `side=\"output\"` elsewhere"),
         "init_ia3_weights": Field("training", "1 at the start", (True,)),
+    },
+    "OFT": _COMMON | _TARGETS | {
+        "peft_version": Field("translated", "below 0.18 the series of use_cayley_neumann was another: such a file is refused"),
+        "r": Field("translated", "how many blocks: `block` by place, the nearest number that divides the width"),
+        "oft_block_size": Field("translated", "`block`, by place where it does not divide the width"),
+        "module_dropout": Field("no effect", "HF PEFT builds it and never runs it"),
+        "bias": Field("translated", "a `Sum` with `bitfit` at the biased sites, all or the adapted ones"),
+        "init_weights": Field("training", "R = I at the start", (True,)),
+        "layers_to_transform": Field("translated", "`where`"),
+        "layers_pattern": Field("translated", "`where`"),
+        "coft": Field("translated", "`eps`"),
+        "eps": Field("translated", "`eps`, with coft"),
+        "block_share": Field("translated", "`share`"),
+        "use_cayley_neumann": Field("translated", "`terms`, without it 0"),
+        "num_cayley_neumann_terms": Field("translated", "`terms`; 3 as HF PEFT runs it, as 4; fewer are refused"),
+    },
+    "BOFT": _COMMON | _TARGETS | {
+        "boft_block_size": Field("translated", "`block`"),
+        "boft_block_num": Field("translated", "how many blocks: `block` by place"),
+        "boft_n_butterfly_factor": Field("translated", "`factors`; without its CUDA extension HF PEFT runs 1"),
+        "boft_dropout": Field("training", "blocks that do not turn for a step", (0.0,)),
+        "bias": Field("translated", "a `Sum` with `bitfit` at the biased sites, all or the adapted ones"),
+        "init_weights": Field("training", "R = I and s = 1 at the start", (True,)),
+        "layers_to_transform": Field("translated", "`where`"),
+        "layers_pattern": Field("translated", "`where`"),
+    },
+    "LOHA": _LYCORIS | {
+        "init_weights": Field("training", "A2 = 0 at the start", (True,)),
+    },
+    "LOKR": _LYCORIS | {
+        "decompose_both": Field("translated", "`both`"),
+        "decompose_factor": Field("translated", "`factor`"),
+        "rank_dropout_scale": Field("no effect", "of rank_dropout"),
+        "init_weights": Field("training", "W1 = 0 at the start", (True,)),
+    },
+    "VERA": _COMMON | _LAYERS | {
+        "target_modules": _TARGETS["target_modules"],
+        "fan_in_fan_out": _TARGETS["fan_in_fan_out"],
+        "r": Field("translated", "`r`"),
+        "projection_prng_key": Field("translated", "`key`"),
+        "save_projection": Field("translated", "`saved`"),
+        "vera_dropout": Field("translated", "`dropout`"),
+        "d_initial": Field("translated", "`d_initial`"),
+        "bias": Field("translated", "a `Sum` with `bitfit` at the biased sites, all or the adapted ones"),
+        "init_weights": Field("training", "b = 0 and d = d_initial at the start", (True,)),
+    },
+    "SHIRA": _COMMON | {
+        "target_modules": _TARGETS["target_modules"],
+        "fan_in_fan_out": _TARGETS["fan_in_fan_out"],
+        "r": Field("translated", "`r`: r (O + I) entries of each layer"),
+        "mask_type": Field("training", "masks of a function of the user's: a file holds them, an object has `random`", ("random",)),
+        "random_seed": Field("translated", "`mask_seed`; without one a new generator's, as there"),
+        "init_weights": Field("training", "v = 0 at the start", (True,)),
+    },
+    "LN_TUNING": _COMMON | {
+        "task_type": Field("no effect", "the task's head is the head's leaf"),
+        "target_modules": Field("translated", "`where`: norms alone; an entry that matches nothing is an error in an object"),
+        "exclude_modules": _TARGETS["exclude_modules"],
     },
     "PROMPT_TUNING": _PROMPT | {
         "prompt_tuning_init": Field(

@@ -9,6 +9,8 @@ from ..core.errors import unknown
 from .fields import FIELDS
 from .pieces import Plan
 from .soft import plan_prefix, plan_prompt
+from .starts import is_pissa
+from .vectors import plan_norms
 from .weights import WEIGHT_METHODS, plan_weights
 
 _BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -21,6 +23,8 @@ def plan_of(model: nn.Module, fields: dict[str, Any], *, is_file: bool) -> Plan:
     _check_fields(fields, kind, is_file)
     if kind in WEIGHT_METHODS:
         return plan_weights(model, fields, kind, is_file)
+    if kind == "LN_TUNING":
+        return plan_norms(model, fields, is_file)
     if kind == "P_TUNING" and not is_file:
         raise ValueError(
             "P_TUNING: the network that makes the prompts is no method here; train it with HF PEFT, its file is read"
@@ -52,6 +56,13 @@ def _check_fields(fields: Mapping[str, Any], kind: str, is_file: bool) -> None:
             or None in field.off
             and value in ([], {})
         ):
+            continue
+        if kind == "LORA" and key == "init_lora_weights" and is_pissa(value):
+            if is_file and value != "pissa":
+                raise ValueError(
+                    f"{kind}: init_lora_weights = {value!r} cannot be kept in a file: HF PEFT draws the start anew as it reads, "
+                    f"and takes it from the base; convert the file to LoRA with HF PEFT first"
+                )
             continue
         if field.kind == "refused" or field.kind == "training" and not is_file:
             raise ValueError(f"{kind}: {key} = {value!r} cannot be kept: {field.text}")

@@ -12,21 +12,33 @@ from ..core import base
 from ..core.compose import Leaf
 from ..core.errors import unknown
 from ..core.site import Site
-from ..methods.bias import BitFit
 from ..methods.lora import DoRA, LoRA
+from ..methods.lora_starts import PiSSA
+from ..methods.orthogonal import BOFT, OFT
 from ..methods.ranks import AdaLoRA
 from ..methods.rescale import IA3
 from ..methods.rows import TokenRows
+from ..methods.sparse import SHiRA
+from ..methods.vectors import BitFit
 from .beside import bias_piece, biased_sites, finished_plan, rows_pieces, saved_sites, token_rows
+from .factors import FACTORS, hyper_factors, rows_of, shared_pieces
+from .masks import hyper_shira, mask_pieces
 from .names import Named, default_of, exactly, matches, target_parameters, targets
 from .pieces import Piece, Plan, made
+from .rotations import ROTATIONS, boft_at, boft_tensors, hyper_oft, oft_at, oft_tensors, upper
+from .starts import check_pissa, is_pissa, niter
 
-WEIGHT_METHODS = {"LORA": LoRA, "ADALORA": AdaLoRA, "IA3": IA3}
+WEIGHT_METHODS = {"LORA": LoRA, "ADALORA": AdaLoRA, "IA3": IA3, "SHIRA": SHiRA, **ROTATIONS, **FACTORS}
+_PATTERNED = ("LORA", "LOHA", "LOKR")
 
 
 def plan_weights(model: nn.Module, fields: dict[str, Any], kind: str, is_file: bool) -> Plan:
     named = Named(model)
     method: Any = DoRA if fields.get("use_dora") else WEIGHT_METHODS[kind]
+    if kind == "LORA" and is_pissa(fields.get("init_lora_weights")):
+        method = PiSSA
+    if fields.get("bias") == f"{kind.lower()}_only":  # the one mode under the names that HF PEFT gives it
+        fields = fields | {"bias": "lora_only"}
     chosen = []
     for name in targets(named, fields, kind, is_file):
         site = named.sites.get(name)
@@ -38,7 +50,8 @@ def plan_weights(model: nn.Module, fields: dict[str, Any], kind: str, is_file: b
     chosen += experts
     hyper = {
         "LORA": lambda: _hyper_lora(fields), "ADALORA": lambda: _hyper_adalora(fields, is_file), "IA3": dict,
-    }[kind]()  # fmt: skip
+        "OFT": lambda: hyper_oft(fields, is_file), "BOFT": dict, "SHIRA": lambda: hyper_shira(fields),
+    }.get(kind, lambda: hyper_factors(fields, kind))()  # fmt: skip
     own = {site.name: _hyper_of(named, site, fields, kind, hyper) for site in chosen}
     _patterns_used(fields, kind, own)
     short = fields.get("target_modules") if not experts and isinstance(fields.get("target_modules"), list) else None
@@ -51,6 +64,7 @@ def plan_weights(model: nn.Module, fields: dict[str, Any], kind: str, is_file: b
         ]
 
     pieces.append((0, weights))
+    pieces.append((0, functools.partial(shared_pieces, chosen, fields, kind)))
     saved = saved_sites(named, fields, is_file)
     allowed: dict[str, Tensor] = {}
     biased = biased_sites(named, fields, [s for s in chosen if s.kind != "experts"], saved, is_file)
@@ -70,12 +84,15 @@ def plan_weights(model: nn.Module, fields: dict[str, Any], kind: str, is_file: b
 
 
 def _hyper_lora(fields: Mapping[str, Any]) -> dict[str, Any]:
+    pissa = is_pissa(fields.get("init_lora_weights"))
     return {
         "r": fields.get("r", 8),
         "alpha": fields.get("lora_alpha", 8),
         "power": 0.5 if fields.get("use_rslora") else 1.0,
         "dropout": fields.get("lora_dropout", 0.0),
-    } | ({} if fields.get("use_dora") else {"bias": bool(fields.get("lora_bias"))})
+    } | (
+        {"niter": niter(fields)} if pissa else {} if fields.get("use_dora") else {"bias": bool(fields.get("lora_bias"))}
+    )
 
 
 def _hyper_adalora(fields: Mapping[str, Any], is_file: bool) -> dict[str, Any]:
@@ -104,14 +121,18 @@ def _hyper_of(
             rule = default_of(named.model, kind, "FEEDFORWARD")
         inner = matches(rule, site.name) if isinstance(rule, str) else any(site.name.endswith(end) for end in rule)
         return {"side": "input" if inner else "output"}
+    if kind == "OFT":
+        return oft_at(named.modules[site.module], site, fields, hyper)
+    if kind == "BOFT":
+        return boft_at(named.modules[site.module], site, fields)
     own = dict(hyper)
-    if kind == "LORA":
+    if kind in _PATTERNED:
         for field, key in (("rank_pattern", "r"), ("alpha_pattern", "alpha")):
             patterns = fields.get(field) or {}
             hit = next((p for p in patterns if _fits(p, site.name)), None)
             own[key] = own[key] if hit is None else patterns[hit]
-        if site.kind in ("embedding", "experts"):
-            own["dropout"] = 0.0
+    if kind == "LORA" and site.kind in ("embedding", "experts"):
+        own["dropout"] = 0.0
     return own
 
 
@@ -125,7 +146,7 @@ def _patterns_used(fields: Mapping[str, Any], kind: str, own: Mapping[str, Any])
     for key in fields.get("rank_pattern") or () if kind == "ADALORA" else ():
         if key.removesuffix(".lora_E") not in own:
             raise unknown("key of rank_pattern, which matches no adapted layer,", key, own)
-    for field in ("rank_pattern", "alpha_pattern") if kind == "LORA" else ():
+    for field in ("rank_pattern", "alpha_pattern") if kind in _PATTERNED else ():
         for pattern in fields.get(field) or {}:
             if not any(_fits(pattern, name) for name in own):
                 raise unknown(f"key of {field}, which matches no adapted layer,", pattern, own)
@@ -167,7 +188,24 @@ def _pieces(
         else:
             yield piece("ia3_l", "scale", (1, o, *ones) if ones else (o, 1), torch.flatten)
         return
+    if method is SHiRA:
+        yield from mask_pieces(module, site, hyper, path)
+        return
+    if method is OFT:
+        key, shape, sign = oft_tensors(site, hyper)
+        yield piece(key, "q", shape, lambda t: sign * t)
+        return
+    if method is BOFT:
+        for key, slot, shape in boft_tensors(site, hyper):
+            yield piece(key, slot, shape, upper if slot == "q" else torch.flatten)
+        return
+    if method in FACTORS.values():
+        for key, slot, shape, here in rows_of(module, site, method, hyper):
+            yield piece(key, slot, shape, here)
+        return
     r = hyper["r"]
+    if method is PiSSA:
+        check_pissa(fields, site, module, named.inputs)
     if method is AdaLoRA:
         if site.kind != "linear":
             raise ValueError(f"{site.name}: AdaLoRA of HF PEFT's on a {site.kind} is not read")
@@ -210,7 +248,7 @@ def _pieces(
         yield piece("lora_B.weight", "b", (o, r))
     if method is DoRA:
         yield piece("lora_magnitude_vector", "m", (1, o, 1, 1) if site.kind == "conv2d" else (o,), torch.flatten)
-    elif hyper["bias"]:
+    elif hyper.get("bias"):
         if site.kind not in ("linear", "conv2d"):
             raise ValueError(f"{site.name}: lora_bias has no place on {site.kind}")
         yield piece("lora_B.bias", "d", (o,), lambda t: t * scale)

@@ -15,17 +15,22 @@ from ..core.adapter import Adapter
 from ..core.compose import Average, Leaf, Tree
 from ..core.identity import backbone_id
 from ..methods.baseline import Copy
-from ..methods.bias import BitFit
 from ..methods.lora import DoRA, LoRA
+from ..methods.orthogonal import BOFT, OFT
 from ..methods.prefix import PrefixTuning
 from ..methods.prompt import PromptTuning
 from ..methods.ranks import AdaLoRA
 from ..methods.rows import TokenRows
+from ..methods.vectors import BitFit
+from ..methods.vera import VeRA
 from .beside import own_bias, rows_key, tied_sites
 from .deltas import WRITE, Part, task_of
 from .names import AUTO_HEADS, Named
 from .pieces import CONFIG, WEIGHTS
 from .plan import plain_fields, plan_of
+from .starts import as_lora
+
+_WEIGHT_ALONE = {LoRA, DoRA, AdaLoRA, OFT, BOFT, VeRA}  # a bias that is trained beside one of these is added to it
 
 
 def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
@@ -93,7 +98,7 @@ def _parts(adapter: Adapter) -> list[Part]:
             if f"bank.{key}" in bank:
                 tensors[slot] = bank[f"bank.{key}"].detach()
         hyper = {k: getattr(delta.config, k) for k in delta.config.__dataclass_fields__}
-        found.append(Part(path, type(delta), delta.site, hyper, tensors))
+        found.append(as_lora(Part(path, type(delta), delta.site, hyper, tensors)))
     return found
 
 
@@ -105,7 +110,8 @@ def _check_tree(tree: Tree, parts: Sequence[Part]) -> None:
     for module, here in at.items():
         names = [part.method.name for part in here]
         slices = all(part.site.rows for part in here) and len({part.site.name for part in here}) == len(here)
-        added = len(here) == 2 and {part.method for part in here} in ({LoRA, BitFit}, {DoRA, BitFit}, {AdaLoRA, BitFit})
+        methods = {part.method for part in here}
+        added = len(here) == 2 and BitFit in methods and bool(methods & _WEIGHT_ALONE)
         fine = len(here) == 1 or slices or added
         if not fine or len(here) > 1 and _has_average(tree):
             raise ValueError(f"{module}: {', '.join(names)} meet there, which HF PEFT's format cannot hold")
@@ -132,7 +138,9 @@ def _write_biases(
     there = {name for name, m in named.modules.items() if m._parameters.get("bias") is not None and name not in copied}
     ours = {part.site.name for part in biases}
     if ours == there & adapted:
-        fields["bias"] = "lora_only"
+        fields["bias"] = {"OFT": "oft_only", "BOFT": "boft_only", "VERA": "vera_only"}.get(
+            fields["peft_type"], "lora_only"
+        )
     elif ours == there:
         fields["bias"] = "all"
     else:

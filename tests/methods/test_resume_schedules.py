@@ -20,9 +20,30 @@ METHODS: dict[str, dict[str, Any]] = {
     "adalora": {"r": 6, "target": 2, "warmup": 2, "final": 3, "interval": 2, "where": "q,v,mlp.up"},
     "child_tuning_d": {"p": 0.2},
     "child_tuning_f": {"p": 0.4},
+    "lora_prune": {"r": 4, "warmup": 0.2, "final": 0.3, "interval": 2},
     "propelt": {"r": 4, "keep": 0.5},
     "propelt_prefix": {"n": 3, "mid": 6, "keep": 0.3},
     "xprompt": {"n": 4, "pieces": 4, "tune": 2, "score": 2},
+    "dylora": {"r": 4, "r_min": 2, "dropout": 0.1},
+    "increlora": {"target": 3, "top": 2, "warmup": 1.0, "interval": 1.0, "where": "q,v,mlp.up", "dropout": 0.1},
+    "sora": {"r": 4, "xi": 0.02, "last_xi": 0.1, "stages": 3},
+    "delta_lora": {"r": 4, "start": 3.0},
+    "periodic_lora": {"r": 3, "stages": 4, "dropout": 0.1},
+    "aflora": {"r": 4, "window": 2, "warmup": 1.0, "final": 2.0, "where": "q,mlp"},
+    "lora_sp": {"r": 4},
+    "u_bitfit": {"keep": 0.2, "search": 6, "rounds": 3},
+    "s_bitfit": {"keep": 0.2, "search": 6, "rounds": 3},
+    "diff_pruning": {"keep": 0.05, "dense": 4, "penalty": 1e-3, "start": 1.0, "gate_lr": 20.0},
+    "far": {"keep": 0.3, "prime": 3},
+    "shira": {"keep": 0.1},
+    "fish_mask": {"keep": 0.05},
+    "sam": {"keep": 0.05},
+    "lt_sft": {"keep": 0.05, "iterations": 2, "l1_dense": 0.1, "l1_sparse": 0.1},
+    "spt": {"keep": 0.2, "r": 2},
+    "oft": {"block": 4, "eps": 0.05},
+    "pissa": {"r": 4, "dropout": 0.1},
+    "lora_plus": {"r": 4, "bias": True},
+    "lora_fa": {"r": 4, "corrected": True},
 }
 
 
@@ -180,6 +201,19 @@ def test_the_methods_move_what_they_say() -> None:
     assert moved == start[1].params()
 
 
+def test_the_courses_of_lora_move_what_they_say() -> None:
+    """Ranks grow to the target, gates are pruned, matrices freeze, the weight follows, products are unloaded."""
+    grown = [len(v) for n, v in unbroken("increlora").items() if n.startswith("file ") and n.endswith(".e")]
+    assert sum(grown) == 3 * len(grown) and max(grown) > min(grown)
+    gates = [v for n, v in unbroken("sora").items() if n.startswith("file ") and n.endswith(".g")]
+    assert 0 < sum(int((v == 0).sum()) for v in gates) < sum(len(v) for v in gates)
+    n_frozen = sum(n.startswith("schedules ") and " frozen " in n for n in unbroken("aflora"))
+    assert 6 < n_frozen <= 12, "those of the square q are frozen from the start"
+    for method, key, n in (("delta_lora", ".a0", 4), ("periodic_lora", ".down", 9)):
+        found = [len(v) for name, v in unbroken(method).items() if name.startswith("file ") and name.endswith(key)]
+        assert found and set(found) <= {n, 0}, found
+
+
 def rows() -> list[dict[str, Tensor]]:
     """Twenty of them, in two epochs of the run below."""
     return [{k: t[0] for k, t in batch(500 + i, 0).items()} for i in range(20)]
@@ -211,7 +245,10 @@ def trained(method: str, out: Path, resume: Path | None = None, beside: bool = F
     return left(model, adapter, trainer.optimizer, trainer.events.schedules)
 
 
-@pytest.mark.parametrize("method", ["adalora", "child_tuning_d", "propelt"])
+LONG = ["adalora", "child_tuning_d", "propelt", "diff_pruning", "far", "increlora", "fish_mask", "lt_sft", "spt"]
+
+
+@pytest.mark.parametrize("method", LONG)
 def test_our_trainer_resumes(method: str, tmp_path: Path) -> None:
     """From the first step, from the end of an epoch in the midst of what moves, and from the middle of the next."""
     end = trained(method, tmp_path)

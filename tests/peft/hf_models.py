@@ -8,7 +8,24 @@ from typing import Any
 import peft
 import torch
 import transformers as tr
+from peft.tuners.boft import layer as boft_layer
 from torch import Tensor, nn
+
+
+class BlockDiagonal:
+    """What HF PEFT's CUDA extension computes: without it, it would run one butterfly factor, whatever was asked for."""
+
+    def forward(self, blocks: Tensor) -> list[Tensor]:
+        return [torch.stack([torch.block_diag(*each) for each in blocks])]
+
+    def backward(self, grad: Tensor, blocks: Tensor) -> list[Tensor]:
+        n, size = blocks.shape[1], blocks.shape[-1]
+        parts = grad.view(-1, n, size, n, size).diagonal(dim1=1, dim2=3)
+        return [parts.permute(0, 3, 1, 2).contiguous()]
+
+
+boft_layer._FBD_CUDA = BlockDiagonal()
+torch.sparse.check_sparse_tensor_invariants.disable()  # of HF PEFT's SHiRA, which leaves it open: torch would warn
 
 SMALL = {
     "vocab_size": 40,

@@ -19,9 +19,12 @@ from deltatune.peft import FIELDS
 
 CONFIGS = {
     "LORA": "LoraConfig", "ADALORA": "AdaLoraConfig", "IA3": "IA3Config", "PROMPT_TUNING": "PromptTuningConfig",
-    "P_TUNING": "PromptEncoderConfig", "PREFIX_TUNING": "PrefixTuningConfig",
+    "P_TUNING": "PromptEncoderConfig", "PREFIX_TUNING": "PrefixTuningConfig", "OFT": "OFTConfig", "BOFT": "BOFTConfig",
+    "LOHA": "LoHaConfig", "LOKR": "LoKrConfig", "VERA": "VeraConfig",
+    "SHIRA": "ShiraConfig", "LN_TUNING": "LNTuningConfig",
 }  # fmt: skip
 NEEDED: dict[str, dict[str, Any]] = {
+    "SHIRA": {"r": 2},
     "ADALORA": {"init_r": 4, "total_step": 100, "tinit": 1, "tfinal": 2}, "PROMPT_TUNING": {"num_virtual_tokens": 3},
     "P_TUNING": {"num_virtual_tokens": 3, "encoder_hidden_size": 8}, "PREFIX_TUNING": {"num_virtual_tokens": 3},
 }  # fmt: skip
@@ -71,7 +74,8 @@ SET: dict[str, Any] = {
     "monteclora_config": {"a": 1}, "layer_replication": [[0, 1]], "use_bdlora": {"a": 1}, "arrow_config": {"a": 1},
     "kasa_config": {"a": 1}, "ensure_weight_tying": True, "init_lora_weights": "gaussian", "prompt_tuning_init": "TEXT",
     "prompt_tuning_init_text": "a", "tokenizer_name_or_path": "a", "tokenizer_kwargs": {"a": 1}, "init_weights": "zero",
-    "init_ia3_weights": False, "r": 4, "use_rslora": True, "alpha_pattern": {"q_proj": 1}, "use_dora": True,
+    "init_ia3_weights": False, "rank_dropout": 0.5, "module_dropout": 0.5,
+    "boft_dropout": 0.5, "mask_type": "mine", "r": 4, "use_rslora": True, "alpha_pattern": {"q_proj": 1}, "use_dora": True,
     "lora_bias": True, "target_parameters": ["a"], "runtime_config": SimpleNamespace(ephemeral_gpu_offload=True),
 }  # fmt: skip
 STRICT = [(kind, n) for kind in CONFIGS for n, f in FIELDS[kind].items() if f.kind in ("refused", "training")]
@@ -96,7 +100,7 @@ def test_refused_when_set(kind: str, field: str, tmp_path: Path) -> None:
         assert found.startswith("error") and field in found
 
 
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+@pytest.mark.parametrize("start", ["olora", "corda", "loftq", "lora_ga"])
 def test_a_start_that_changes_the_base(start: str, tmp_path: Path) -> None:
     folder = written(theirs("llama", quiet("LORA", "llama")), tmp_path)
     assert "it changes the base's weights" in file_outcome("llama", folder, init_lora_weights=start)
@@ -123,6 +127,29 @@ CHANGES: dict[str, dict[str, tuple[str, dict[str, Any], Any]]] = {
         "orth_reg_weight": ("llama", {}, 0.1), "rank_pattern": ("llama", {}, {"a": [True]}),
     },
     "IA3": {"feedforward_modules": ("llama", {"target_modules": ["v_proj", "down_proj"], "feedforward_modules": []}, ["down_proj"])},
+    "OFT": {
+        "r": ("llama", {"r": 2, "oft_block_size": 0}, 4), "oft_block_size": ("llama", {}, 8), "coft": ("llama", {}, True),
+        "eps": ("llama", {"coft": True}, 0.1), "block_share": ("llama", {}, True),
+        "use_cayley_neumann": ("llama", {}, False), "num_cayley_neumann_terms": ("llama", {}, 7),
+    },
+    "BOFT": {
+        "boft_block_size": ("llama", {}, 8), "boft_block_num": ("llama", {"boft_block_num": 8, "boft_block_size": 0}, 4),
+        "boft_n_butterfly_factor": ("llama", {}, 2),
+    },
+    "LOHA": {"alpha": ("llama", {}, 3), "use_effective_conv2d": ("llama", {}, True)},
+    "LOKR": {
+        "alpha": ("llama", {}, 3), "use_effective_conv2d": ("llama", {}, True), "decompose_both": ("llama", {}, True),
+        "decompose_factor": ("llama", {}, 2),
+    },
+    "VERA": {
+        "projection_prng_key": ("llama", {}, 3), "save_projection": ("llama", {}, False), "vera_dropout": ("llama", {}, 0.5),
+        "d_initial": ("llama", {}, 0.3),
+    },
+    "SHIRA": {"r": ("llama", {}, 3), "random_seed": ("llama", {}, 3)},
+    "LN_TUNING": {
+        "modules_to_save": ("llama", {}, ["lm_head"]), "target_modules": ("llama", {}, ["input_layernorm"]),
+        "exclude_modules": ("llama", {}, ["input_layernorm"]),
+    },
     "PROMPT_TUNING": PROMPTS,
     "P_TUNING": {},
     "PREFIX_TUNING": PROMPTS | {
@@ -133,9 +160,11 @@ CHANGES: dict[str, dict[str, tuple[str, dict[str, Any], Any]]] = {
         "encoder_hidden_size": ("llama", {"encoder_hidden_size": 8, "prefix_projection": True}, 4),
     },
 }  # fmt: skip
-for _kind in ("ADALORA", "IA3", "PROMPT_TUNING", "PREFIX_TUNING"):
+for _kind in ("ADALORA", "IA3", "OFT", "BOFT", "LOHA", "LOKR", "VERA", "SHIRA", "PROMPT_TUNING", "PREFIX_TUNING"):
     CHANGES[_kind] = {k: v for k, v in CHANGES["LORA"].items() if k in FIELDS[_kind]} | CHANGES[_kind]
-IN_FILES = {("PROMPT_TUNING", "num_transformer_submodules")} | {("P_TUNING", f) for f in FIELDS["P_TUNING"]}
+IN_FILES = {("PROMPT_TUNING", "num_transformer_submodules"), ("OFT", "peft_version")} | {
+    ("P_TUNING", f) for f in FIELDS["P_TUNING"]
+}
 MOVING = [(k, n) for k in CONFIGS for n, f in FIELDS[k].items() if f.kind == "translated" and n != "peft_type"]
 
 
@@ -149,6 +178,7 @@ def test_translated_fields_change_what_is_built(kind: str, field: str, tmp_path:
             "token_dim": 16,
             "num_transformer_submodules": 2,
             "modules_to_save": ["lm_head"],
+            "peft_version": "0.17.1",
         }
         bare = file_outcome(arch, folder)
         assert not bare.startswith("error")
@@ -181,8 +211,8 @@ def test_unknown_field_and_type(tmp_path: Path) -> None:
     folder = written(theirs("llama", quiet("LORA", "llama")), tmp_path)
     said = file_outcome("llama", folder, use_news=False, peft_version="9.1.0")
     assert "the field 'use_news' is not known here; peft 9.1.0 wrote it" in said
-    assert "unknown peft_type 'LOHA'" in file_outcome("llama", folder, peft_type="LOHA")
-    assert "unknown peft_type 'LOHA'" in outcome("llama", peft.LoHaConfig())
+    assert "unknown peft_type 'HRA'" in file_outcome("llama", folder, peft_type="HRA")
+    assert "unknown peft_type 'HRA'" in outcome("llama", peft.HRAConfig())
     cfg = quiet("LORA", "llama")
     cfg._register_custom_module({object: object})
     assert "layers that were registered" in outcome("llama", cfg)
