@@ -1,8 +1,8 @@
-"""Every additive method, trained once on a real task and scored: a cell is one JSON file, and where it is, it is done.
+"""Every method of a category, trained once on a real task and scored: a cell is one JSON file, and where it is, it is done.
 
-    python benchmarks/cells.py --shared FOLDER --models llama-17m,t5-22m,minilm --device cuda --workers 6
-    python benchmarks/cells.py --table          prints the tables of results/additive
-    python benchmarks/cells.py --write          puts them into docs/additive.md
+    python benchmarks/cells.py --category partial --shared FOLDER --models llama-17m,t5-22m,minilm --device cuda --workers 6
+    python benchmarks/cells.py --category partial --table          prints the tables of results/partial
+    python benchmarks/cells.py --category partial --write          puts them into docs/partial.md
 
 `FOLDER` holds data/webnlg, data/glue_* and models (by default what DELTATUNE_SHARED names, or ../shared). The model says the task:
 `minilm` classifies Python's documentation (`stdlib_docs`) with the machinery of `deltatune compare`, the others write WebNLG's texts.
@@ -49,7 +49,7 @@ from deltatune.train.data import Rows
 from deltatune.train.fit import Plan, fit
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, PAGE = ROOT / "results" / "additive", ROOT / "docs" / "additive.md"
+CATEGORIES = ("additive", "partial", "reparameterized")  # each with its page and its folder of results
 OPEN, CLOSE = "<!-- cells -->", "<!-- /cells -->"
 FROZEN = "none"  # the backbone as it is
 ENCODER = "minilm"
@@ -427,11 +427,21 @@ def _trained(job: Job, model: Any, tree: Tree, pad: webnlg.Pad, scratch: Path) -
 # --- the one who shows and waits ---------------------------------------------------------------------------------------
 
 
-def candidates(model: str) -> list[str]:
-    """The task's baselines, then every additive method and preset of the registry."""
+def results_of(category: str) -> Path:
+    """Where its cells are kept."""
+    return ROOT / "results" / category
+
+
+def page_of(category: str) -> Path:
+    """Where its tables stand."""
+    return ROOT / "docs" / f"{category}.md"
+
+
+def candidates(model: str, category: str) -> list[str]:
+    """The task's baselines, then every method and preset of the category."""
     cards = [named(name) for name in (*METHODS, *PRESETS)]
-    own = sorted(c.name for c in cards if c.category == "additive" and not getattr(c, "helper", False))
-    return [*BASELINES["stdlib_docs" if model == ENCODER else "webnlg"], *own]
+    own = sorted(c.name for c in cards if c.category == category and not getattr(c, "helper", False))
+    return list(dict.fromkeys([*BASELINES["stdlib_docs" if model == ENCODER else "webnlg"], *own]))
 
 
 def is_done(job: Job) -> bool:
@@ -500,12 +510,13 @@ def jobs_of(given: argparse.Namespace) -> list[Job]:
     """What is to be done, the sources first and the cells made of them last."""
     small = {"n_steps": given.steps, "batch": given.batch, "lr_trials": given.trials}
     changed = {key: value for key, value in small.items() if value is not None}
-    command = f"python benchmarks/cells.py --models {given.models} --device {given.device} --workers {given.workers}"
+    command = f"python benchmarks/cells.py --category {given.category} --models {given.models} --device {given.device}"
+    command += f" --workers {given.workers}"
     command += "".join(f" --{name.removeprefix('n_').removeprefix('lr_')} {v}" for name, v in changed.items())
     command += " --try" if given.tried else ""
     cells: list[Job] = []
     for model in given.models.split(","):
-        names = given.methods.split(",") if given.methods else candidates(model)
+        names = given.methods.split(",") if given.methods else candidates(model, given.category)
         size = TRY if given.tried else SIZES["stdlib_docs" if model == ENCODER else "webnlg"]
         size = replace(size, **changed, name=f"{size.name}, changed") if changed else size
         cells += [
@@ -652,22 +663,23 @@ def tables(folder: Path) -> str:
     return "\n".join(parts)
 
 
-def write_page(folder: Path) -> None:
+def write_page(page: Path, folder: Path) -> None:
     """Put the tables between the page's markers. Raises ValueError where a marker is missing."""
-    text = PAGE.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     before, opened, rest = text.partition(OPEN)
     _, closed, after = rest.partition(CLOSE)
     if not (opened and closed):
-        raise ValueError(f"{PAGE.name} needs the markers {OPEN} and {CLOSE}, in this order")
-    PAGE.write_text(f"{before}{OPEN}\n{tables(folder)}{CLOSE}{after}", encoding="utf-8")
+        raise ValueError(f"{page.name} needs the markers {OPEN} and {CLOSE}, in this order")
+    page.write_text(f"{before}{OPEN}\n{tables(folder)}{CLOSE}{after}", encoding="utf-8")
 
 
 def main() -> int:
     """Run, or show."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shared", type=Path, default=Path(os.environ.get("DELTATUNE_SHARED", ROOT.parent / "shared")))
+    parser.add_argument("--category", choices=CATEGORIES, required=True)
     parser.add_argument("--models", default=f"llama-17m,t5-22m,{ENCODER}", help="folders of FOLDER/models, or minilm")
-    parser.add_argument("--methods", help="names with commas between; the baselines and all additive ones by default")
+    parser.add_argument("--methods", help="names with commas between; by default the baselines and the category")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes beside each other")
     parser.add_argument("--threads", type=int, default=1, help="of torch, a process")
@@ -679,17 +691,18 @@ def main() -> int:
         "--try", dest="tried", action="store_true", help=f"only whether it runs: {TRY}; give an --out of its own"
     )
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing later; run again for the rest")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="by default the category's folder")
     parser.add_argument("--retry", action="store_true", help="measure again what failed or did not fit")
     parser.add_argument("--table", action="store_true", help="print the tables")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/additive.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into the category's page")
     given = parser.parse_args()
+    given.out = given.out or results_of(given.category)
     console = Console(width=None if sys.stdout.isatty() else 200)
     try:
         if given.table:
             print(tables(given.out))
         if given.write:
-            write_page(given.out)
+            write_page(page_of(given.category), given.out)
         if given.table or given.write:
             return 0
         for name in given.methods.split(",") if given.methods else ():

@@ -16,6 +16,7 @@ import adapter_drop
 import attach
 import coda
 import imports
+import lora_fa
 import lora_prune
 import lst
 import overhead
@@ -23,7 +24,7 @@ import sparse
 import step
 from bench import BENCHMARKS, SHAPES, Options, Red, table, write
 
-assert {adapter_drop, attach, coda, imports, lora_prune, lst, overhead, sparse, step}, (
+assert {adapter_drop, attach, coda, imports, lora_fa, lora_prune, lst, overhead, sparse, step}, (
     "imported for their places in BENCHMARKS"
 )
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "bench"

@@ -477,7 +477,9 @@ def _n_trained(adapter: Adapter, tree: Tree, state: Mapping[str, Tensor]) -> int
     leaves, shared, n = dict(tree.leaves()), {}, 0
     for (path, site), delta in adapter.deltas.items():
         leaf = leaves.get(path)
-        for key, slot in leaf.method.slots_of(leaf.config).items() if leaf else ():
+        if leaf is None:
+            continue
+        for key, slot in leaf.method.slots_of(leaf.config).items():
             if key in leaf.method.ragged:  # its size is what the course has left, and a site may not have it at all
                 held = state.get(f"{path}.{site}.{key}")
                 n += held.numel() if slot.train and held is not None else 0

@@ -86,8 +86,7 @@ def test_a_delta_on_weights_alone_uses_it() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("form", ["tile", "sampled"])
 def test_sparse_is_its_naive_twin(bias: bool, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tiled.SAMPLED_BELOW, "cpu", 2.0 if form == "sampled" else 0.0)
-    monkeypatch.setattr(tiled, "CHUNK", 12)
+    monkeypatch.setitem(tiled.SAMPLED_UP_TO, "cpu", 2.0 if form == "sampled" else 0.0)
     torch.manual_seed(1)
     weight, b = torch.randn(5, 6).double(), torch.randn(5).double() if bias else None
     index = torch.tensor([0, 7, 12, 29] + ([30, 33] if bias else []), dtype=torch.int32)

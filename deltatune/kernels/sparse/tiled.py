@@ -5,26 +5,44 @@ masked entries alone: gathered from a dense tile dL/dW that is freed at once, or
 less work, never made (`sampled`).
 """
 
+import warnings
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# by device type: below this share of the weight's entries the sampled form was faster (benchmarks/sparse.py, docs/speed.md)
-SAMPLED_BELOW = {"cpu": 0.02, "cuda": 0.0}
-CHUNK = 2**24  # numbers that the sampled form gathers at once
+# by device type: up to this share of the weight's entries the sampled form was faster (benchmarks/sparse.py, docs/speed.md)
+SAMPLED_UP_TO = {"cpu": 0.02, "cuda": 0.0}
+
+
+def is_sampled(x: Tensor, n_entries: int, n_weight: int) -> bool:
+    """Is the sampled form the faster one here, and is it there? torch has it for fp32 and fp64, on a CPU by MKL alone."""
+    if torch.compiler.is_compiling() or x.dtype not in (torch.float32, torch.float64):
+        return False
+    if x.device.type == "cpu" and not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return n_entries <= SAMPLED_UP_TO.get(x.device.type, 0.0) * n_weight
 
 
 def sampled(grad: Tensor, x: Tensor, index: Tensor) -> Tensor:
-    """(K), sum over tokens of grad[:, o] x[:, i] for each index o I + i; grad (N, O), x (N, I)."""
-    rows, columns = index // x.shape[1], index % x.shape[1]
-    grad, x = grad.t().contiguous(), x.t().contiguous()
-    size = max(1, CHUNK // x.shape[1])
-    parts = [
-        torch.linalg.vecdot(grad[rows[at : at + size]], x[columns[at : at + size]]) for at in range(0, len(index), size)
-    ]
-    return torch.cat(parts) if parts else grad.new_zeros(0)
+    """(K), sum over tokens of grad[:, o] x[:, i] for each ascending index o I + i; grad (N, O), x (N, I)."""
+    shape = grad.shape[1], x.shape[1]
+    rows, columns = (index // shape[1]).long(), index % shape[1]
+    ends = F.pad(torch.bincount(rows, minlength=shape[0]).cumsum(0), (1, 0)).to(index.dtype)
+    _quiet()
+    mask = torch.sparse_csr_tensor(ends, columns, grad.new_zeros(len(index)), shape, check_invariants=False)
+    out: Tensor = torch.sparse.sampled_addmm(mask, grad.t(), x, beta=0.0)
+    return out.values()
+
+
+@cache
+def _quiet() -> None:
+    """torch says once a process that its CSR tensors are in beta; what is used of them here is held by tests."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.eye(1).to_sparse_csr()
 
 
 def _changed(
@@ -62,7 +80,7 @@ class _Sparse(torch.autograd.Function):
         moved: Tensor | None = None
         if ctx.needs_input_grad[4]:
             flat, rows = grad.flatten(0, -2), x.flatten(0, -2)
-            if n < SAMPLED_BELOW.get(x.device.type, 0.0) * weight.numel():
+            if is_sampled(rows, n, weight.numel()):
                 moved = sampled(flat, rows, index[:n])
             else:
                 moved = (flat.t() @ rows).view(-1)[index[:n]]
