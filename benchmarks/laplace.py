@@ -12,7 +12,7 @@ hundred rows for many epochs, with the task's head. Then, on the same test rows:
     ensemble     the mean softmax of `--members` runs
 
 Numbers are means over runs with Student's 95 % interval; differences to `map` have a paired bootstrap over the test rows.
-`--write` writes results/reparameterized/laplace.json and laplace.md.
+`--write` writes results/laplace/laplace.json and laplace.md.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from deltatune.train.data import Collate, Rows, encode, predict
 from deltatune.train.fit import Plan, fit
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "results" / "reparameterized"
+RESULTS = ROOT / "results" / "laplace"
 SCORES = {
     "accuracy": lambda t, p: accuracy(t, np.asarray(p).argmax(-1)),
     "nll": nll,
@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--shared", default=os.environ.get("DELTATUNE_SHARED", str(ROOT.parent / "shared")))
     parser.add_argument("--tasks", default="stdlib_docs,glue/mrpc")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--write", action="store_true", help="write results/reparameterized/laplace.json and .md")
+    parser.add_argument("--write", action="store_true", help="write results/laplace/laplace.json and .md")
     for field in fields(Settings):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
     options = parser.parse_args()

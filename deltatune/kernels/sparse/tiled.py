@@ -39,25 +39,23 @@ def sampled(grad: Tensor, x: Tensor, index: Tensor) -> Tensor:
 
 @cache
 def _quiet() -> None:
-    """torch says once a process that its CSR tensors are in beta; what is used of them here is held by tests."""
+    """torch says once a process that its CSR tensors are in beta and not checked; what is used of them here is held by tests."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        torch.eye(1).to_sparse_csr()
+        zero, ends = torch.zeros(1, dtype=torch.int32), torch.arange(2, dtype=torch.int32)
+        torch.sparse_csr_tensor(ends, zero, torch.zeros(1), (1, 1), check_invariants=False)
 
 
-def _changed(
-    weight: Tensor, bias: Tensor | None, index: Tensor, values: Tensor, n_weight: int
-) -> tuple[Tensor, Tensor | None]:
-    """W + S and b + s, each entry's sum rounded once."""
+def _sums(t: Tensor, at: Tensor, values: Tensor) -> Tensor:
+    """The entries `at` of t plus the values, each sum rounded once."""
+    return (t.reshape(-1)[at].to(values.dtype) + values).to(t.dtype)
 
-    def add(t: Tensor, at: Tensor, v: Tensor) -> Tensor:
-        out = t.clone(memory_format=torch.contiguous_format)
-        flat = out.view(-1)
-        flat[at] = (flat[at].to(v.dtype) + v).to(out.dtype)
-        return out
 
-    weight = add(weight, index[:n_weight], values[:n_weight])
-    return weight, None if bias is None else add(bias, index[n_weight:] - weight.numel(), values[n_weight:])
+def _with(t: Tensor, at: Tensor, sums: Tensor) -> Tensor:
+    """A copy of t with these entries."""
+    out = t.clone(memory_format=torch.contiguous_format)
+    out.view(-1)[at] = sums
+    return out
 
 
 class _Sparse(torch.autograd.Function):
@@ -65,28 +63,33 @@ class _Sparse(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, values: Tensor, n_weight: int
     ) -> Tensor:
-        ctx.n_weight = n_weight
-        ctx.save_for_backward(x, weight, bias, index, values)
-        return F.linear(x, *_changed(weight, bias, index, values, n_weight))
+        at = index.long()
+        inside, outside = at[:n_weight], at[n_weight:] - weight.numel()
+        sums = _sums(weight, inside, values[:n_weight])  # kept: fewer numbers than to make them again takes operations
+        ctx.n_weight, ctx.dtype = n_weight, values.dtype
+        ctx.save_for_backward(x, weight, bias, index, sums)
+        if bias is not None and len(outside):
+            bias = _with(bias, outside, _sums(bias, outside, values[n_weight:]))
+        return F.linear(x, _with(weight, inside, sums), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, index, values = ctx.saved_tensors
-        n = ctx.n_weight
+        x, weight, bias, index, sums = ctx.saved_tensors
+        n, at = ctx.n_weight, index.long()
         out: Tensor | None = None
         if ctx.needs_input_grad[0]:
-            out = grad @ _changed(weight, None, index[:n], values[:n], n)[0]
+            out = grad @ _with(weight, at[:n], sums)
         moved: Tensor | None = None
         if ctx.needs_input_grad[4]:
             flat, rows = grad.flatten(0, -2), x.flatten(0, -2)
             if is_sampled(rows, n, weight.numel()):
                 moved = sampled(flat, rows, index[:n])
             else:
-                moved = (flat.t() @ rows).view(-1)[index[:n]]
-            if bias is not None:
-                moved = torch.cat([moved, flat.sum(0)[index[n:] - weight.numel()]])
-            moved = moved.to(values.dtype)
+                moved = (flat.t() @ rows).view(-1)[at[:n]]
+            if bias is not None and len(at) > n:
+                moved = torch.cat([moved, flat.sum(0)[at[n:] - weight.numel()]])
+            moved = moved.to(ctx.dtype)
         return out, None, None, None, moved, None
 
 
