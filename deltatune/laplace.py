@@ -421,6 +421,8 @@ def _sites(adapter: Adapter) -> dict[str, tuple[nn.Module, LoRA]]:
         if not isinstance(delta, LoRA) or type(delta).fold is not LoRA.fold or site.kind != "linear":
             what = getattr(delta, "name", "") or type(delta).__name__
             raise ValueError(f"{site.name}: a posterior is of LoRA on linear layers, not of {what} on a {site.kind}")
+        if "a" not in delta._parameters:
+            raise ValueError(f"{site.name}: a posterior is of A and B that are trained, and A of {delta.name} is not")
         if any(hasattr(p, "full_tensor") for p in delta.parameters()):
             raise ValueError(f"adapter {adapter.name!r} is sharded; its posterior is taken in one process")
         for key, other in module.deltas.items():  # type: ignore[operator, union-attr]

@@ -477,18 +477,18 @@ def _n_trained(adapter: Adapter, tree: Tree, state: Mapping[str, Tensor]) -> int
     leaves, shared, n = dict(tree.leaves()), {}, 0
     for (path, site), delta in adapter.deltas.items():
         leaf = leaves.get(path)
-        if leaf is None:
+        if leaf is None or leaf.frozen:
             continue
         for key, slot in leaf.method.slots_of(leaf.config).items():
-            if key in leaf.method.ragged:  # its size is what the course has left, and a site may not have it at all
-                held = state.get(f"{path}.{site}.{key}")
+            held = state.get(f"{path}.{site}.{key}")
+            if not slot.shared:  # a site may not have it at all
                 n += held.numel() if slot.train and held is not None else 0
-                continue
-            shape = shapes.sizes(slot.shape, delta.dims(base.Base(adapter.model, delta.site)))
-            if slot.shared and slot.train:
-                shared[delta.bank_key(key, slot, shape)] = math.prod(shape)
             elif slot.train:
-                n += math.prod(shape) * (delta.site.n_experts or 1)
+                if leaf.method is type(delta):
+                    shape = tuple(getattr(delta.exact, key).shape)
+                else:
+                    shape = shapes.sizes(slot.shape, delta.dims(base.Base(adapter.model, delta.site)))
+                shared[delta.bank_key(key, slot, shape)] = math.prod(shape)
     return n + sum(shared.values())
 
 

@@ -21,6 +21,7 @@ from .compose import Leaf, Node, Per, Stack, Tree, Where, assemble, placed, tree
 from .errors import unknown
 from .identity import base_fingerprint, check_base
 from .method import METHODS, Delta, layer_numbers, named
+from .mixed import Mixer
 from .record import EVERYTHING, HEAD, Entry, Info, Record, mark, place, refresh, root_layers
 from .runtime import ATTACHED, ATTENDS, Banks, Frame, check_reachable, integrate, original, swap, walk
 from .site import HEADS, Site, all_sites, expanded, select
@@ -147,7 +148,7 @@ def _attach(
 
     # everything is built before the model is touched
     shared = Bank(seed)
-    plan = _plan(tree, name, _built(modules, leaves, chosen, shared))
+    plan = _plan(tree, name, _built(modules, every, leaves, chosen, shared))
     if not plan and not info.owned:
         raise ValueError(f"{tree!r} trains nothing on this model" + ("" if head else ": it has no task head"))
     _commit(model, modules, every, record or Record(Frame()), name, info, plan, shared)
@@ -237,6 +238,11 @@ def _chosen(
     chosen: dict[str, list[tuple[Site, Any]]] = {}
     for path, leaf in leaves.items():
         method = leaf.method
+        if issubclass(method, Mixer):  # behind the node's children in the tree: theirs are known
+            node = path.rpartition(".")[0]
+            under = {s.name for p, own in chosen.items() if not node or p.startswith(f"{node}.") for s, _ in own}
+            chosen[path] = [(s, leaf.config) for name, s in table.items() if name in under]
+            continue
         own = _per_site(every, leaf)
         if places is not None and _has_choice(
             leaf
@@ -306,15 +312,17 @@ At = tuple[str, bool]  # site name, and whether a head's leaf stands there
 
 def _built(
     modules: Mapping[str, nn.Module],
+    every: Sequence[Site],
     leaves: Mapping[str, Leaf],
     chosen: Mapping[str, list[tuple[Site, Any]]],
     shared: Bank,
 ) -> dict[At, dict[str, Delta]]:
     """Every delta, by where it goes and by its leaf's path."""
     built: dict[At, dict[str, Delta]] = {}
+    heads = _heads(every)
     for path, found in chosen.items():
         leaf = leaves[path]
-        numbers = leaf.method.numbers(leaf.config, [site for site, _ in found])
+        numbers = leaf.method.numbers(leaf.config, [_with_heads(site, heads) for site, _ in found])
         for site, config in found:
             check_reachable(modules, site.module)
             for end in (site.entry, site.leave):
@@ -328,7 +336,34 @@ def _built(
                 )
             here = built.setdefault((site.name, path == HEAD), {})
             here[path] = leaf.method.make(config, site, modules[site.module], shared, path, numbers.get(site.name))
+            if leaf.frozen:
+                here[path].freeze()
     return built
+
+
+Of = tuple[str, int | None, str]  # stack, layer, and "attn" or "cross" of an attention and of its matrices
+
+
+def _attention_of(site: Site) -> Of:
+    return site.stack, site.layer, (site.role or "").partition(".")[0]
+
+
+def _heads(every: Sequence[Site]) -> dict[Of, tuple[int, int]]:
+    """(n_kv_heads, d_head) of every attention; (0, 0) of two in one block that differ."""
+    found: dict[Of, tuple[int, int]] = {}
+    for site in every:
+        if site.kind == "attention":
+            at, own = _attention_of(site), (site.n_kv_heads, site.d_head)
+            found[at] = own if found.get(at, own) == own else (0, 0)
+    return found
+
+
+def _with_heads(site: Site, heads: Mapping[Of, tuple[int, int]]) -> Site:
+    """A matrix of an attention with the numbers of that attention's heads."""
+    if site.kind != "linear" or _attention_of(site) not in heads:
+        return site
+    n_kv_heads, d_head = heads[_attention_of(site)]
+    return replace(site, n_kv_heads=n_kv_heads, d_head=d_head)
 
 
 def _plan(tree: Tree, name: str, built: Mapping[At, dict[str, Delta]]) -> list[tuple[Entry, Delta]]:

@@ -7,6 +7,7 @@ One pass, streaming: only the sums are kept. The batches are taken as they come,
 numbers again; a progress bar goes around the loader. The model is left as it was.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -43,7 +44,8 @@ class Gradients:
     """The mean over passes of `of(d loss / d tensor, tensor)`, in fp32, one of a tensor's shape per name.
 
     The default, the square, is with rows="example" the diagonal of the empirical Fisher information; |g| a first-order
-    saliency, |g t| a sensitivity, g itself the mean gradient.
+    saliency, |g t| a sensitivity, g itself the mean gradient. Of several processes all take part, and have the same mean:
+    by rounding alone each would choose another mask.
     """
 
     def __init__(
@@ -69,7 +71,16 @@ class Gradients:
         pass
 
     def result(self, n_passes: int) -> dict[str, Tensor]:
-        return {n: t / n_passes for n, t in self.total.items()}
+        found = {n: t / n_passes for n, t in self.total.items()}
+        there = torch.distributed.is_available() and torch.distributed.is_initialized()
+        n_processes = torch.distributed.get_world_size() if there else 1
+        for name, mean in found.items():
+            if n_processes > 1:
+                torch.distributed.all_reduce(mean)
+                mean /= n_processes
+            if not bool(mean.isfinite().all()):  # else those that are no numbers would be the largest
+                raise ValueError(f"calibrate: the gradients of {name} are not finite")
+        return found
 
 
 class Covariance:
@@ -152,7 +163,7 @@ def collect(
     With rows="example" each row of a batch, a mapping of tensors, is a pass of its own; `most` ends it after so many
     passes. `requires_grad` and `.grad` of all tensors are left as they were.
 
-    Raises ValueError where there is no batch, or where the loss does not depend on a tensor.
+    Raises ValueError where there is no batch, where the loss does not depend on a tensor, or a gradient is not finite.
     """
     each = list(statistics.values())
     fixed = list({id(t): t for s in each for t in s.tensors.values()}.values())
@@ -167,7 +178,9 @@ def collect(
             with torch.enable_grad():
                 value = loss(model, batch)
                 asked = [*fixed, *(t for s in each for t in s.made())]
-                found = list(torch.autograd.grad(value, asked, allow_unused=True)) if asked else []
+                found: list[Tensor | None] = [None] * len(asked)
+                if asked and value.requires_grad:
+                    found = list(torch.autograd.grad(value, asked, allow_unused=True))
             by_id = dict(zip(map(id, fixed), found, strict=False))
             of_made = iter(found[len(fixed) :])
             for statistic in each:
@@ -189,10 +202,28 @@ def _passes(batches: Iterable[Any], rows: str, most: int | None) -> Iterator[Any
     for batch in batches:
         n_rows = len(next(iter(batch.values()))) if rows == "example" else 1
         for i in range(n_rows):
-            if most is not None and done >= most:
-                return
             yield {k: v[i : i + 1] for k, v in batch.items()} if rows == "example" else batch
             done += 1
+            if done == most:  # before another batch is asked for
+                return
+
+
+@contextlib.contextmanager
+def looking(model: nn.Module, training: bool, seed: int) -> Iterator[None]:
+    """The model in that mode, and what it draws from `seed`; afterwards both as they were, batch norms' means too."""
+    modes = [(m, m.training) for m in model.modules()]
+    kept = [(b, b.clone()) for m in model.modules() if "running_mean" in m._buffers for b in m.buffers(False)]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(sorted(devices, key=str)):
+        torch.manual_seed(seed)
+        try:
+            model.train(training)
+            yield
+        finally:
+            for m, mode in modes:
+                m.training = mode
+            for buffer, value in kept:
+                buffer.copy_(value)
 
 
 def _real(batch: Any) -> Tensor | None:

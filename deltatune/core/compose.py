@@ -4,6 +4,8 @@
     Sum(a, b)       y' = y + (a(y) - y) + (b(y) - y):  W' = W + (fold_a(W) - W) + (fold_b(W) - W)
     Average(a, b)   y' = (a(y) + b(y)) / 2
 
+    Gate, Mixture, Fuse, Route     y' = y + sum_i w_i (f_i(x) - y), w_i by a mixer, core/mixed.py
+
 The same tree is an expression in Python (`dt.Sum(dt.LoRA(r=8), dt.IA3())`), a mapping in YAML and in `adapter.json`.
 A leaf is known by its path: "0" for a lone leaf, "1.0" for the first child of the second child. A tree that has a name of
 its own (`mam`) is a `Preset`: a function from hyperparameters to a tree.
@@ -74,6 +76,7 @@ class Leaf:
     where: Where = None
     layers: Layers = None
     start: Callable[[Any, str], None] | None = with_default(default=None, compare=False, repr=False)  # (adapter, path)
+    frozen: bool = False  # its tensors are saved and not trained
 
     def leaves(self, path: str = "0") -> Iterator[tuple[str, "Leaf"]]:
         """(path, leaf) of every leaf, in order."""
@@ -104,7 +107,7 @@ class Leaf:
             "config": _plain(asdict(self.config), list),
             "where": where,
             "layers": layers,
-        }
+        } | ({"frozen": True} if self.frozen else {})
 
 
 class Node:
@@ -125,11 +128,15 @@ class Node:
     def leaves(self, path: str = "") -> Iterator[tuple[str, Leaf]]:
         """(path, leaf) of every leaf, in order."""
         for i, child in enumerate(self.children):
-            yield from child.leaves(f"{path}.{i}" if path else str(i))
+            yield from child.leaves(below(path, i))
 
     def replaced(self, leaves: Mapping[str, Leaf], path: str = "") -> "Node":
         """The tree with the leaves of these paths in its own leaves' places."""
-        return type(self)(*(c.replaced(leaves, f"{path}.{i}" if path else str(i)) for i, c in enumerate(self.children)))
+        return self.again([c.replaced(leaves, below(path, i)) for i, c in enumerate(self.children)])
+
+    def again(self, children: "Sequence[Leaf | Node]") -> "Node":
+        """The same node over other children."""
+        return type(self)(*children)
 
     def to_dict(self) -> dict[str, Any]:
         """The tree as plain data."""
@@ -163,8 +170,89 @@ class Average(Node):
     op = "average"
 
 
-NODES: dict[str, type[Node]] = {n.op: n for n in (Stack, Sum, Average)}
+class Mixing(Node):
+    """A node with tensors of its own: a leaf behind its children, the mixer, stands wherever one of them does.
+
+    y' = y + sum_i w_i (f_i(x) - y), f_i the site under child i alone; a site without child i has nothing of it.
+    """
+
+    by: ClassVar[str] = ""  # the mixer's name
+
+    def __init__(self, *children: "Leaf | Node", **hyper: Any) -> None:
+        from .mixed import MIXERS
+
+        super().__init__(*children)
+        if "n" in hyper:
+            raise unknown(f"hyperparameter of {type(self).__name__}", "n", ())
+        method = MIXERS[self.by]
+        self.mixer = Leaf(method, method.configure(n=len(children), **hyper))
+
+    def leaves(self, path: str = "") -> Iterator[tuple[str, Leaf]]:
+        """(path, leaf) of every leaf, the mixer's the last."""
+        yield from super().leaves(path)
+        yield below(path, len(self.children)), self.mixer
+
+    def replaced(self, leaves: Mapping[str, Leaf], path: str = "") -> "Node":
+        """The tree with the leaves of these paths in its own leaves' places."""
+        node = super().replaced(leaves, path)
+        assert isinstance(node, Mixing)
+        node.mixer = leaves.get(below(path, len(self.children)), self.mixer)
+        return node
+
+    def again(self, children: "Sequence[Leaf | Node]") -> "Node":
+        """The same node over other children."""
+        return type(self)(*children, **self.hyper())
+
+    def hyper(self) -> dict[str, Any]:
+        """The mixer's hyperparameters."""
+        return {k: v for k, v in asdict(self.mixer.config).items() if k != "n"}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The tree as plain data."""
+        return super().to_dict() | {"config": _plain(self.hyper(), list)}
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) and isinstance(other, Mixing) and self.mixer == other.mixer
+
+    def __hash__(self) -> int:
+        return hash((super().__hash__(), self.mixer))
+
+    def __repr__(self) -> str:
+        own = [f"{k}={v!r}" for k, v in self.hyper().items()]
+        return f"{type(self).__name__}({', '.join([*map(repr, self.children), *own])})"
+
+
+class Gate(Mixing):
+    """Each child by itself, between not at all and whole: w_i = sigmoid(g_i(x))."""
+
+    op, by = "gate", "gate"
+
+
+class Mixture(Mixing):
+    """Shares of the children that add up to 1: w = softmax(G x), of a token, a sequence, a task, or for all alike."""
+
+    op, by = "mixture", "softmax"
+
+
+class Fuse(Mixing):
+    """AdapterFusion (2005.00247): attention from the site's output to the children's changes."""
+
+    op, by = "fuse", "attention"
+
+
+class Route(Mixing):
+    """Each row of a batch runs the child that `adapter_ids` names, counted from 0; -1 runs the base."""
+
+    op, by = "route", "rows"
+
+
+NODES: dict[str, type[Node]] = {n.op: n for n in (Stack, Sum, Average, Gate, Mixture, Fuse, Route)}
 Tree = Leaf | Node
+
+
+def below(path: str, i: int) -> str:
+    """The path of the i-th child of the node at `path`."""
+    return f"{path}.{i}" if path else str(i)
 
 
 def tree_from_dict(data: Mapping[str, Any], methods: "Mapping[str, type[Method]]") -> Tree:
@@ -174,27 +262,33 @@ def tree_from_dict(data: Mapping[str, Any], methods: "Mapping[str, type[Method]]
     if "op" in data:
         if str(data["op"]) not in NODES:
             raise unknown("node", str(data["op"]), NODES)
-        extra = data.keys() - {"op", "children"}
+        node = NODES[str(data["op"])]
+        known = ("op", "children", "config") if issubclass(node, Mixing) else ("op", "children")
+        extra = data.keys() - set(known)
         if extra:
-            raise unknown(f"key of a {data['op']} node", sorted(extra)[0], ("op", "children"))
+            raise unknown(f"key of a {data['op']} node", sorted(extra)[0], known)
         children = data.get("children", ())
         if not isinstance(children, Sequence):
             raise ValueError(f"children of {data['op']} must be a list, not {children!r}")
-        return NODES[data["op"]](*(tree_from_dict(c, methods) for c in children))
-    extra = data.keys() - {"method", "config", "where", "layers"}
+        own = data.get("config") or {}
+        if not isinstance(own, Mapping):
+            raise ValueError(f"config of {data['op']} must be a mapping, not {own!r}")
+        return node(*(tree_from_dict(c, methods) for c in children), **own)
+    known = ("method", "config", "where", "layers", "frozen")
+    extra = data.keys() - set(known)
     if extra or "method" not in data:
-        raise unknown(
-            "key of a method", sorted(extra)[0] if extra else "(none)", ("method", "config", "where", "layers")
-        )
+        raise unknown("key of a method", sorted(extra)[0] if extra else "(none)", known)
     if str(data["method"]) not in methods:
         raise unknown("method", str(data["method"]), methods)
     cls = methods[data["method"]]
     layers, config = data.get("layers"), data.get("config") or {}
     if not isinstance(config, Mapping):
         raise ValueError(f"config of {cls.name} must be a mapping, not {config!r}")
-    return Leaf(
-        cls, cls.configure(**config), where_of(data.get("where")), tuple(layers) if isinstance(layers, list) else layers
-    )
+    frozen = data.get("frozen", False)
+    if not isinstance(frozen, bool):
+        raise ValueError(f"frozen of {cls.name} must be true or false, not {frozen!r}")
+    layers = tuple(layers) if isinstance(layers, list) else layers
+    return Leaf(cls, cls.configure(**config), where_of(data.get("where")), layers, frozen=frozen)
 
 
 def comments_in(source: Any) -> dict[str, str]:
@@ -219,7 +313,7 @@ def placed(tree: Tree, where: Where, layers: Layers) -> Tree:
     if isinstance(tree, Leaf):
         own_where = where if tree.where is None else tree.where
         return replace(tree, where=own_where, layers=layers if tree.layers is None else tree.layers)
-    return type(tree)(*(placed(c, where, layers) for c in tree.children))
+    return tree.again([placed(c, where, layers) for c in tree.children])
 
 
 @dataclass(frozen=True)
@@ -309,16 +403,17 @@ def assemble(tree: Tree, deltas: "Mapping[str, Delta]", path: str = "") -> "Delt
     """What stands at one site for `tree`, where `deltas` holds the leaves that are there, by path; None if none is."""
     if isinstance(tree, Leaf):
         return deltas.get(path or "0")
-    parts: list[Delta] = []
-    for i, child in enumerate(tree.children):
-        part = assemble(child, deltas, f"{path}.{i}" if path else str(i))
-        if part is not None:
-            parts.append(part)
+    found = [(i, assemble(child, deltas, below(path, i))) for i, child in enumerate(tree.children)]
+    parts = [(i, part) for i, part in found if part is not None]
+    if isinstance(tree, Mixing) and parts:
+        from .mixed import Mixed
+
+        return Mixed(parts, deltas[below(path, len(tree.children))])  # type: ignore[arg-type]
     if len(parts) < 2:
-        return parts[0] if parts else None
+        return parts[0][1] if parts else None
     from .method import Meet
 
-    return Meet(tree.op, parts)
+    return Meet(tree.op, [part for _, part in parts])
 
 
 Run = Callable[[Any, Tensor], Tensor]
@@ -355,8 +450,11 @@ def meet_post(op: str, parts: "list[Delta]", y: Tensor, x: Tensor, post: Callabl
     return total
 
 
-def parts_of(delta: nn.Module) -> "list[Delta]":
-    """The leaves under what stands at a site."""
+def parts_of(delta: nn.Module, mixed: bool = True) -> "list[Delta]":
+    """The leaves under what stands at a site, mixers among them; with `mixed=False` a node that mixes is one."""
     from .method import Meet
+    from .mixed import Mixed
 
-    return [leaf for part in delta.parts for leaf in parts_of(part)] if isinstance(delta, Meet) else [delta]  # type: ignore[list-item]
+    if not isinstance(delta, Meet) or not mixed and isinstance(delta, Mixed):
+        return [delta]  # type: ignore[list-item]
+    return [leaf for part in delta.parts for leaf in parts_of(part, mixed)]

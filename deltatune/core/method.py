@@ -275,7 +275,10 @@ class Method(Delta):
 
     @classmethod
     def numbers(cls, config: Any, sites: "Sequence[Site]") -> "Mapping[str, Mapping[str, int | float]]":
-        """By site name, what a site's delta has to know of all the leaf's sites: attributes, and names in its shapes."""
+        """By site name, what a site's delta has to know of all the leaf's sites: attributes, and names in its shapes.
+
+        An attention's matrices come with its `n_kv_heads` and `d_head`, 0 where they are not known.
+        """
         return {}
 
     @classmethod
@@ -391,6 +394,23 @@ class Method(Delta):
             (most,) = shapes.sizes(limit, dims)
             if not 1 <= dims[key] <= most:
                 raise ValueError(f"{key} = {dims[key]}, but it must lie between 1 and {limit} = {most}")
+
+    @property
+    def draws_from_seed(self) -> bool:
+        """Does it read tensors that are drawn from the adapter's seed and never saved?"""
+        return any(slot.shared and not slot.train for slot in self.slots_of(self.config).values())
+
+    def freeze(self) -> None:
+        """Make its tensors buffers, saved and not trained. Raises ValueError where some are trained for all sites at once."""
+        shared = [key for key, slot in self.slots_of(self.config).items() if slot.shared and slot.train]
+        if shared:
+            raise ValueError(
+                f"{self.name} trains {', '.join(shared)} for all of its sites at once; it cannot be frozen"
+            )
+        for key, p in list(self._parameters.items()):
+            if p is not None:
+                del self._parameters[key]
+                self.register_buffer(key, p.detach())
 
     def finished(self, leaf: Leaf) -> tuple[Leaf, dict[str, Tensor]]:
         """The leaf and its tensors by slot as they are saved once training is over: without what only training needs."""

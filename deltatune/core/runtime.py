@@ -261,6 +261,25 @@ class Inside:
         assert isinstance(y, Tensor)
         return y
 
+    def under(self, delta: Delta, x: Tensor, y: Tensor) -> Tensor:
+        """What the layer and all inside give on `x` under `delta` too; `y` is what they give without it."""
+        seen = cast(delta, x.dtype)
+        if delta.has_around:
+            return seen.around(x, self)  # type: ignore[no-any-return]
+        if delta.fast:
+            if delta.has_pre:
+                x = seen.pre(x)
+                y = self(x)
+            return post(delta, y, x) if delta.has_post else y
+        if delta.has_linear and delta.site.kind == "linear" and not delta.site.rows:
+            return seen.linear(x, self)  # type: ignore[no-any-return]
+        if self.changes or not all(d.has_fold for d in self.within):
+            raise ValueError(
+                f"{delta.site.name}: a delta inside works on activations, and one in a mixture around it on the weight"
+            )
+        made = base.apply(self.module, self.forward, (*self.inner, *self.within, delta), x, self.rest, self.kwargs)
+        return made[0] if isinstance(made, tuple) else made  # type: ignore[no-any-return]
+
 
 def _onion(
     module: nn.Module,
@@ -548,9 +567,16 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         stack.extend(reversed(children))
 
 
-class Deltas(nn.ModuleDict):
+class _Beside(nn.ModuleDict):
+    """A child beside a module's own ones: `nn.Sequential`, and a loop over children, run it too; it gives back what it gets."""
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
+class Deltas(_Beside):
     """The deltas at one module, by adapter, innermost first."""
 
 
-class Banks(nn.ModuleDict):
+class Banks(_Beside):
     """The shared tensors of the attached model, by adapter."""

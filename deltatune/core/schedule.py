@@ -12,13 +12,14 @@ Gradients are still there in `after_step`. `state_dict` makes the schedule resum
 """
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from .adapter import Adapter
+    from .method import Method
 
 
 class Schedule:
@@ -28,6 +29,8 @@ class Schedule:
     has_penalty = False  # True: it adds to gradients what is not scaled with the loss
     resizes = False  # True: it changes the shape of what is trained in mid-run, which DDP and FSDP do not follow
     needs_data = False  # True: `calibrate` must have run; `begin` raises where it did not
+    # what `calibrate` looks at, at most: so many rows, each once, or so many batches, over the rows again where they are few
+    looks_at: tuple[int, Literal["rows", "batches"]] = (1024, "rows")
 
     def __init__(self, adapter: "Adapter") -> None:
         self.adapter = adapter
@@ -37,6 +40,21 @@ class Schedule:
         """Look at data before training. Raises ValueError where the method has no use for it."""
         names = ", ".join(sorted({leaf.method.name for _, leaf in self.adapter.tree.leaves()}))
         raise ValueError(f"adapter {self.adapter.name!r}: {names} needs no calibration data")
+
+    def common(self, deltas: "Iterable[Method]", *keys: str) -> Any:
+        """The hyperparameters of all `deltas`. Raises ValueError where they differ: in `keys`, or without any at all."""
+        first, *others = deltas
+        for d in others:
+            if d.name != first.name:
+                raise ValueError(f"adapter {self.adapter.name!r}: {first.name} and {d.name} have no course in common")
+            for key in keys or first.config.__dataclass_fields__:
+                one, other = getattr(first.config, key), getattr(d.config, key)
+                if one != other:
+                    raise ValueError(
+                        f"adapter {self.adapter.name!r}: {first.name} has one {key} for all its sites, not {one!r} at "
+                        f"{first.site.name} and {other!r} at {d.site.name}"
+                    )
+        return first.config
 
     def groups(self, lr: float, weight_decay: float = 0.0, head_lr: float | None = None) -> list[dict[str, Any]]:
         """The optimiser's parameter groups: vectors take no weight decay, the task head its own rate where one is given."""
@@ -108,11 +126,14 @@ class Schedules:
         """Every adapter's parameter groups."""
         return [g for s in self.each.values() for g in s.groups(lr, weight_decay, head_lr)]
 
+    def waiting(self) -> list[Schedule]:
+        """Those that need data and have not seen any."""
+        return [s for s in self.each.values() if s.needs_data and not s.adapter._info.calibrated]
+
     def calibrate(self, batches: Callable[[], Iterable[Any]], loss: Callable[[Any, Any], Tensor]) -> None:
-        """`Schedule.calibrate` of each that needs it and has not seen data; `batches()` starts them anew."""
-        for s in self.each.values():
-            if s.needs_data and not s.adapter._info.calibrated:
-                s.calibrate(batches(), loss)
+        """`Schedule.calibrate` of each that waits for it; `batches()` starts them anew."""
+        for s in self.waiting():
+            s.calibrate(batches(), loss)
 
     def begin(self, optimizer: torch.optim.Optimizer, n_steps: int, n_micro: int = 1) -> None:
         """`Schedule.begin` of each."""

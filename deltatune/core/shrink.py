@@ -101,7 +101,9 @@ def shrink(adapter: Adapter) -> nn.Module:
             raise ValueError(f"shrink: the mask of {name} cuts through one of its {parts[name].n} heads")
         kept[name] = units.all(1)
     if not kept:
-        raise ValueError(f"shrink: adapter {adapter.name!r} masks nothing; train it through its schedule first")
+        can = any(getattr(delta, "kept", None) is not None for delta in adapter.deltas.values())
+        why = "train it through its schedule first" if can else "masks stand at attn.o and at mlp.down, and it does not"
+        raise ValueError(f"shrink: adapter {adapter.name!r} masks nothing; {why}")
     twin = _twin(model, parts, kept)
     values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     values |= _folded(adapter)
@@ -212,8 +214,13 @@ def _folded(adapter: Adapter) -> dict[str, Tensor]:
     for entry, _, delta in adapter._standing():
         standing.setdefault((entry.module, delta.site.param), []).append(delta)
     found: dict[str, Tensor] = {}
+    names: dict[int, list[str]] = {}
+    for key, p in adapter.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(key)
     for (name, param), deltas in standing.items():
         module, site = adapter.model.get_submodule(name), deltas[0].site
+        if len(tied := names.get(id(base.stored(module, site)), [])) > 1:
+            raise ValueError(f"shrink: {site.name} is adapted, and its weight is tied: {', '.join(tied)}")
         if base.quantised(base.stored(module, site)):
             raise ValueError(f"shrink: {site.name} is quantised; dequantise the base first")
         weight, bias = base.folded(module, deltas)

@@ -1,13 +1,17 @@
 """Sources: saved adapters that another one is made of. They are read and checked at attach; nothing of their folders is kept."""
 
+import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import files
+from .sharded import assign
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,58 @@ def folders_of(name: str, sources: Any) -> tuple[str, ...]:
     if not sources:
         raise ValueError(f"{name} is made of saved adapters, and sources is empty")
     return tuple(os.fspath(s) for s in sources)
+
+
+def saved(folder: str | os.PathLike[str], frozen: bool = False) -> Any:
+    """The tree of a saved adapter as a part of another, with its values: `dt.Route(dt.saved("a"), dt.saved("b"))`.
+
+    With `frozen` its tensors are not trained. Its task head is left: a tree has one of its own. Raises ValueError where the
+    file is damaged, or holds the base's own.
+    """
+    from .compose import tree_from_dict
+    from .method import METHODS
+
+    card, _ = files.read_adapter(folder)
+    tree = tree_from_dict(card["tree"], METHODS)
+    if card["in_place"]:
+        raise ValueError(f"{folder} holds the base's own {card['in_place'][0]}; it cannot be a part of another tree")
+    place = os.fspath(folder)
+    return tree.replaced(
+        {path: replace(leaf, frozen=frozen, start=partial(_filled, place, path)) for path, leaf in tree.leaves()}
+    )
+
+
+def _filled(folder: str, own: str, adapter: Any, path: str) -> None:
+    """Give the leaf `path` the values that the leaf `own` has in the file."""
+    (found,) = read(adapter.model, [folder])
+    drawn = [d for (p, _), d in adapter.deltas.items() if p == path and d.draws_from_seed]
+    if drawn and adapter.bank.seed != found.card["seed"]:
+        raise ValueError(
+            f"{folder}: {drawn[0].name} has tensors that were drawn from the seed {found.card['seed']}, this adapter's is "
+            f"{adapter.bank.seed}"
+        )
+    want = targets_of(adapter, path, own)
+    theirs = {key: t for key, t in found.tensors.items() if key.startswith(f"{own}.") or key in want}
+    files.check_keys(folder, {key: tuple(t.shape) for key, t in want.items()}, theirs)
+    with torch.no_grad():
+        for key, target in want.items():
+            assign(target, theirs[key])
+
+
+def targets_of(adapter: Any, path: str, own: str) -> dict[str, Tensor]:
+    """The tensors of the leaf at `path`, by their keys in a file where that leaf is at `own`."""
+    found: dict[str, Tensor] = {}
+    for (leaf, site), delta in adapter.deltas.items():
+        if leaf != path:
+            continue
+        found |= {f"{own}.{site}.{name}": t for name, t in delta.state_dict(keep_vars=True).items()}
+        twin = copy.copy(delta)
+        twin.path = own
+        for key, slot in delta.slots_of(delta.config).items():
+            if slot.shared and slot.train:
+                t = delta.bank_parameter(key)
+                found[f"bank.{twin.bank_key(key, slot, tuple(t.shape))}"] = t
+    return found
 
 
 def read(model: nn.Module, folders: Sequence[str], method: str = "") -> list[Saved]:

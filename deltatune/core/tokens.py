@@ -34,7 +34,7 @@ def soft_tokens(live: list[Delta], embedded: Tensor) -> tuple[Tensor, Tensor | N
     n_rows, inserted = embedded.shape[0], False
     tokens: list[Tensor] = []
     gaps: list[tuple[Tensor | None, int]] = []
-    for part in [part for d in reversed(live) for part in parts_of(d) if part.has_tokens]:
+    for part in [part for d in reversed(live) for part in parts_of(d, mixed=False) if part.has_tokens]:
         seen = cast(part, embedded.dtype)
         tokens.append(seen.tokens(embedded).to(embedded.dtype).expand(n_rows, -1, -1))
         inserted = inserted or part.has_gaps
@@ -317,7 +317,7 @@ def _lengthened(
     encodes = len(live) > 0 and live[0].site.stack == "encoder"
     if not (n and prefill) or encodes and gaps is None:
         return out
-    parts = [part for d in live for part in parts_of(d) if part.has_tokens]
+    parts = [part for d in live for part in parts_of(d, mixed=False) if part.has_tokens]
     if encodes and not all(part.has_gaps for part in parts):
         raise ValueError(
             f"{where}: of prompts in front and soft tokens among an encoder's input the decoder sees one kind"

@@ -32,7 +32,7 @@ class Freezing(Schedule):
     def begin(self, optimizer, n_steps, n_micro=1):
         super().begin(optimizer, n_steps, n_micro)
         self.sites = _sites(self.adapter)
-        self.config = next(iter(self.sites.values())).config
+        self.config = self.common(self.sites.values(), "warmup", "final", "window", "beta1", "beta2", "square_frozen")
         self.warmup, self.final = (
             int(n * n_steps) if n < 1 else int(n) for n in (self.config.warmup, self.config.final)
         )

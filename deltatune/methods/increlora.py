@@ -37,7 +37,8 @@ class Growth(Schedule):
     def begin(self, optimizer, n_steps, n_micro=1):
         super().begin(optimizer, n_steps, n_micro)
         self.optimizer, self.sites = optimizer, _sites(self.adapter)
-        self.config = next(iter(self.sites.values())).config
+        alike = ("target", "add", "top", "warmup", "interval", "beta1", "beta2", "orth")
+        self.config = self.common(self.sites.values(), *alike)
         self.target = self.config.target * len(self.sites)
         warmup, interval = (int(n * n_steps) if n < 1 else int(n) for n in (self.config.warmup, self.config.interval))
         self.warmup, self.interval = warmup, max(interval, 1)
@@ -156,7 +157,8 @@ def _importance(change, grad):
 class IncreLoRA(Method, name="increlora"):
     """W' = W + (alpha / r) B diag(e) A, e = 0 at the start; r, a site's own, grows where training needs it most.
 
-    A and B are pulled towards orthogonal rows and columns: + orth mean(|A A^T - I|, |B^T B - I|).
+    A and B are pulled towards orthogonal rows and columns: + orth mean(|A A^T - I|, |B^T B - I|). Where a model runs one layer
+    several times (ALBERT) its penalty counts as often.
     """
 
     paper = "2308.12043"
@@ -195,6 +197,11 @@ class IncreLoRA(Method, name="increlora"):
             if not 0 < getattr(config, key) < 1:
                 raise ValueError(f"{cls.name}: {key} = {getattr(config, key)}, but it must lie between 0 and 1")
         return config
+
+    def build(self, base, dtype):
+        super().build(base, dtype)
+        if self.r > self.target:
+            raise ValueError(f"r = {self.r} at the start, but the mean at the end is target = {self.target}")
 
     def dims(self, base):
         there = self._parameters.get("e")

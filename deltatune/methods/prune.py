@@ -36,8 +36,8 @@ class Pruner(Schedule):
 
     def begin(self, optimizer, n_steps, n_micro=1):
         super().begin(optimizer, n_steps, n_micro)
-        config = next(d.config for d in self.adapter.deltas.values() if isinstance(d, LoRAPrune))
-        self.config = config
+        deltas = [d for d in self.adapter.deltas.values() if isinstance(d, LoRAPrune)]
+        self.config = config = self.common(deltas, "ratio", "warmup", "final", "interval", "smooth")
         self.last = min(math.ceil(n_steps - config.final * n_steps - 1e-9), n_steps - 1)
         self.parts = self._parts()
         self.scores = getattr(self, "scores", {})

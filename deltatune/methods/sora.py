@@ -43,7 +43,8 @@ class SoRA(LowRank, name="sora"):
     """W' = W + (alpha / r) B diag(g) A, B = 0 and g ~ N(0, 1) at the start; gates that nothing holds up become 0.
 
     The loss gains l1 mean |g| over all gates, and each step is followed by a soft threshold. What is saved has only the
-    rows of A and columns of B whose gate is not 0, a number of each site's own.
+    rows of A and columns of B whose gate is not 0, a number of each site's own. Where a model runs one layer several times
+    (ALBERT) its penalty counts as often.
     """
 
     paper = "2311.11696"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..core.inits import kaiming
 from ..core.method import Method, bank
-from .intrinsic import drawn, fastfood, keys_of
+from .intrinsic import drawn_for, fastfood, keys_of
 
 
 def _first_zero(shape, **_):
@@ -22,7 +22,7 @@ class SuperLoRA(Method, name="super_lora"):
 
     One group, one factor: LoRA on all layers as one matrix, 2 r sqrt(n) numbers for n weights. Several `splits` are the paper's
     LoNKr. With `share` below 1 that matrix has as many entries as that share of the weights, and each layer's part of it is
-    thrown onto the layer's weights by a fixed random projection (Fastfood), drawn from the adapter's seed and never kept.
+    thrown onto the layer's weights by a fixed random projection (Fastfood), drawn from the adapter's seed and never saved.
     Layers fill a square in their order, row after row; each computes the rows that it lies in alone. The paper's shuffling and
     its tensors of higher order are not here.
     """
@@ -33,11 +33,13 @@ class SuperLoRA(Method, name="super_lora"):
     kinds = frozenset({"linear", "conv2d", "embedding"})
     limits = {"r": "min(d_in,d_out)"}
     lr = (3e-4, 2e-2)
+    live = ("keep_random",)
     r: int = 8  # rank of each factor
     alpha: float = 1.0  # scale of the update
     groups: int = 1  # groups of neighbouring layers, each with its own matrix
     splits: int = 1  # Kronecker factors
     share: float = 1.0  # entries of the matrix for each weight; below 1 a random projection spreads them
+    keep_random: bool = False  # draw the projection once: faster, for 8 to 24 bytes a weight
     a: Tensor = bank("splits r side", kaiming, train=True)
     b: Tensor = bank("splits side r", _first_zero, train=True)
 
@@ -85,8 +87,7 @@ class SuperLoRA(Method, name="super_lora"):
         with torch.autocast(weight.device.type, enabled=False):
             moved = self.update()
             if self.share < 1:
-                with torch.no_grad():
-                    parts = drawn(weight.numel(), self.keys, moved.device, moved.dtype)
+                parts = drawn_for(self, moved.numel(), weight.numel(), moved)
                 moved = fastfood(moved, weight.numel(), *parts)
         return weight + self.alpha * moved.view(weight.shape), bias
 

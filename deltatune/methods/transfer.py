@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from ..core.errors import unknown
 from ..core.method import METHODS, Method
 from ..core.record import HEAD
 from ..core.sharded import assign
-from ..core.sources import Saved, folders_of, read
+from ..core.sources import Saved, folders_of, read, targets_of
 from .bottleneck import Sequential
 from .prompt import PromptTuning
 
@@ -79,7 +78,7 @@ def spot(
     if metric not in Metric.__args__:
         raise unknown("metric", metric, Metric.__args__)
     if not sources:
-        return replace(PromptTuning(), start=partial(_none, "spot"))
+        return replace(PromptTuning(), start=partial(without, "spot"))
     folders = folders_of("spot", sources)
     if not 1 <= k <= len(folders):
         raise ValueError(f"spot: k = {k}, but it must lie between 1 and the number of sources, {len(folders)}")
@@ -96,7 +95,7 @@ def spot(
 
 def _from_prompts(folders: tuple[str, ...], task: str, k: int, metric: Metric, adapter: Adapter, path: str) -> None:
     saved = read(adapter.model, (*folders, *([task] if task else [])), "prompt_tuning")
-    for key, target in _targets(adapter, path, "0").items():
+    for key, target in targets_of(adapter, path, "0").items():
         for one in saved:
             if key not in one.tensors:
                 raise ValueError(f"{one.folder} holds no {key}; its prompt stands elsewhere than that of {folders[0]}")
@@ -184,7 +183,7 @@ def adapter_soup(
 ) -> Tree:
     """theta = 1/k sum_i theta_i over k saved adapters of one tree, whichever it is; a task head that all have as well."""
     if not sources:
-        return replace(Sequential(), start=partial(_none, "adapter_soup"))
+        return replace(Sequential(), start=partial(without, "adapter_soup"))
     folders = folders_of("adapter_soup", sources)
     _shares(weights, len(folders))
     tree = _tree_in(folders[0])
@@ -207,9 +206,9 @@ def _from_soup(
                     f"{one.folder} and {saved[0].folder} have no mean: the {key} of the one is {one.card[key]!r}, "
                     f"of the other {saved[0].card[key]!r}"
                 )
-    targets = _targets(adapter, path, own)
+    targets = targets_of(adapter, path, own)
     if first and saved[0].card["head"]:
-        targets |= _targets(adapter, HEAD, HEAD)
+        targets |= targets_of(adapter, HEAD, HEAD)
     drawn = [s for d in adapter.deltas.values() for s in d.slots_of(d.config).values() if s.shared and not s.train]
     if drawn and (seeds := {one.card["seed"] for one in saved} - {adapter.bank.seed}):
         raise ValueError(
@@ -306,7 +305,7 @@ def mera(
     if reg < 0:
         raise ValueError(f"mera: reg = {reg}, but it must be 0 or above")
     if not sources:
-        return replace(Sequential(), start=partial(_none, "MerA"))
+        return replace(Sequential(), start=partial(without, "MerA"))
     folders = folders_of("mera", sources)
     tree = _tree_in(folders[0])
     if not isinstance(tree, Leaf):
@@ -424,7 +423,7 @@ def _listening(delta: Method, heard: list[Tensor]) -> Iterator[None]:
 # what they share
 
 
-def _none(name: str, adapter: Adapter, path: str) -> None:
+def without(name: str, adapter: Adapter, path: str) -> None:
     raise ValueError(f"no source adapters for {name}; give it sources=[folder, ...] of adapters that were saved")
 
 
@@ -435,22 +434,6 @@ def _tree_in(folder: str) -> Tree:
         return tree_from_dict(card["tree"], METHODS)
     except ValueError as error:
         raise ValueError(f"{folder}: its tree cannot be read: {error}") from None
-
-
-def _targets(adapter: Adapter, path: str, own: str) -> dict[str, Tensor]:
-    """The tensors of the leaf at `path`, by their keys in a file where that leaf is at `own`."""
-    found: dict[str, Tensor] = {}
-    for (leaf, site), delta in adapter.deltas.items():
-        if leaf != path:
-            continue
-        found |= {f"{own}.{site}.{name}": t for name, t in delta.state_dict(keep_vars=True).items()}
-        twin = copy.copy(delta)
-        twin.path = own
-        for key, slot in delta.slots_of(delta.config).items():
-            if slot.shared and slot.train:
-                t = delta.bank_parameter(key)
-                found[f"bank.{twin.bank_key(key, slot, tuple(t.shape))}"] = t
-    return found
 
 
 def _write(delta: Method, values: Mapping[str, Tensor]) -> None:

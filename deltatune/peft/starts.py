@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..core.site import Site
+from ..methods.bayes import LaplaceLoRA
 from ..methods.lora import LoRA
 from ..methods.lora_starts import LoRAFA, LoRAPlus, PiSSA
 
@@ -39,7 +40,7 @@ def check_pissa(fields: Mapping[str, Any], site: Site, module: nn.Module, table:
 
 def as_lora(part: Any) -> Any:
     """The part of an adapter as LoRA's, where it is one: PiSSA's update is one of twice the rank, as HF PEFT converts it."""
-    if part.method in (LoRAPlus, LoRAFA):
+    if part.method in (LoRAPlus, LoRAFA, LaplaceLoRA):
         return replace(part, method=LoRA)
     if part.method is not PiSSA:
         return part

@@ -1,9 +1,13 @@
 """Tensors shared between sites: one storage, drawn from the seed; trained ones saved once."""
 
 import copy
+import pickle
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from torch import Tensor, nn
 
 import deltatune as dt
 from deltatune.contract.beds import BEDS
@@ -95,3 +99,42 @@ def test_two_adapters_keep_two_banks(toys: Toys) -> None:
     assert storages(one)[32, 32].isdisjoint(storages(two)[32, 32])
     one.detach()
     model(**BEDS["biased"].batch())
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, nn.ModuleList])
+@pytest.mark.parametrize("method", ["toy_shared", "toy_common"])
+def test_a_model_that_runs_its_children(toys: Toys, kind: Any, method: str, tmp_path: Path) -> None:
+    """The banks are one more child, which passes on what it gets: the function is that of the layers inside a module."""
+
+    def made(inside: bool) -> Any:
+        torch.manual_seed(0)
+        layers: list[nn.Module] = [nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)]
+        children = kind(layers) if kind is nn.ModuleList else kind(*layers)
+        return nn.ModuleDict({"at": children}) if inside else children
+
+    def run(model: Any) -> Tensor:
+        x = torch.ones(3, 8)
+        if isinstance(model, nn.Sequential):
+            return model(x)  # type: ignore[no-any-return]
+        for layer in model:
+            x = layer(x)
+        return x
+
+    model, whole = made(False), made(True)
+    want, names = run(model), [n for n, _ in model.named_modules()]
+    adapter = dt.attach(model, method, where=["0", "2"], head=None)
+    torch.manual_seed(0)
+    other = dt.attach(whole, method, where=["at.0", "at.2"], head=None)
+    for mine, theirs in zip(adapter.parameters(), other.parameters(), strict=True):
+        mine.data.copy_(theirs)
+    out = run(model)
+    assert torch.equal(out, run(whole["at"])) and not torch.equal(out, want)
+    out.square().mean().backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+    adapter.save(tmp_path)
+    loaded = made(False)
+    dt.load(loaded, tmp_path)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert torch.equal(run(loaded), out) and torch.equal(run(twin), out)
+    adapter.detach()
+    assert torch.equal(run(model), want) and [n for n, _ in model.named_modules()] == names

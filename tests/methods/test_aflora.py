@@ -22,7 +22,7 @@ EPOCH = STEPS // SETTINGS["num_train_epochs"]
 def attached(**hyper: Any) -> tuple[nn.ModuleDict, dt.Adapter, dict[str, AFLoRA]]:
     model = nn.ModuleDict({n: nn.Linear(i, o, dtype=torch.float64) for n, (o, i) in SHAPES.items()})
     options = {"r": R, "beta1": SETTINGS["beta1"], "beta2": SETTINGS["beta2"], "window": SETTINGS["deltaT"]}
-    adapter = dt.attach(model, "aflora", where=list(SHAPES), head=None, **{**options, **hyper})
+    adapter = dt.attach(model, "aflora", **{"where": list(SHAPES), "head": None, **options, **hyper})
     deltas = {name: d for (_, name), d in adapter.deltas.items() if isinstance(d, AFLoRA)}
     with torch.no_grad():
         for name, d in deltas.items():
@@ -121,6 +121,12 @@ def test_another_sites_state_is_refused() -> None:
     state: dict[str, Any] = {"n_steps": 3, "frozen": ["0|9|a"], "now": {}, "smooth": {}, "spread": {}}
     with pytest.raises(ValueError, match="other sites"):
         adapter.schedule.load_state_dict(state)
+
+
+def test_numbers_of_the_course_are_for_all_sites() -> None:
+    _, adapter, _ = attached(where={"0": {"window": 3}, "1": {"window": 4}})
+    with pytest.raises(ValueError, match="aflora has one window for all its sites, not 3 at 0 and 4 at 1"):
+        begun(adapter)
 
 
 @pytest.mark.parametrize("hyper", [{"window": 0}, {"warmup": -1.0}, {"final": -1.0}, {"beta1": 0.0}, {"r": 0}])

@@ -21,7 +21,7 @@ SETTINGS = GOLDEN["settings"]
 def attached(orth: float = 0.0, fast: bool = True, **hyper: Any) -> tuple[nn.ModuleDict, dt.Adapter]:
     model = nn.ModuleDict({n: nn.Linear(i, o, dtype=torch.float64) for n, (o, i) in SHAPES.items()})
     options = {"alpha": SETTINGS["lora_alpha"], "beta1": SETTINGS["beta1"], "beta2": SETTINGS["beta2"], "orth": orth}
-    adapter = dt.attach(model, "increlora", where=list(SHAPES), head=None, **{**options, **hyper})
+    adapter = dt.attach(model, "increlora", **{"where": list(SHAPES), "head": None, **options, **hyper})
     with torch.no_grad():
         for name, delta in sites(adapter).items():
             model.get_submodule(name).weight.copy_(fill(f"{name}.w", SHAPES[name]))  # type: ignore[operator, union-attr]
@@ -194,7 +194,16 @@ def test_a_site_that_did_not_run_is_named() -> None:
         schedule.before_step(0)
 
 
-@pytest.mark.parametrize("hyper", [{"target": 0}, {"add": 0}, {"top": 0}, {"interval": -1.0}, {"beta2": 1.0}, {"r": 0}])
+def test_numbers_of_the_course_are_for_all_sites() -> None:
+    _, adapter = attached(where={"0": {"target": 3}, "1": {"target": 4}})
+    with pytest.raises(ValueError, match="increlora has one target for all its sites, not 3 at 0 and 4 at 1"):
+        begun(adapter, torch.optim.SGD(adapter.parameters(), lr=0.0))
+
+
+@pytest.mark.parametrize(
+    "hyper",
+    [{"target": 0}, {"add": 0}, {"top": 0}, {"interval": -1.0}, {"beta2": 1.0}, {"r": 0}, {"r": 4, "target": 3}],
+)
 def test_numbers_that_mean_nothing(hyper: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(hyper))} = "):
         attached(**hyper)

@@ -1,5 +1,7 @@
 """Intrinsic SAID: its projection beside the reference's, and what one vector for all layers means."""
 
+import copy
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 import deltatune as dt
+from deltatune.methods import intrinsic
 from deltatune.methods.intrinsic import drawn, fastfood, keys_of, walsh_hadamard
 
 GOLDEN = json.loads(
@@ -57,23 +60,80 @@ def test_the_transform_is_the_matrix(k: int) -> None:
 
 def test_what_is_drawn() -> None:
     """Signs, a permutation, and normal numbers, of 2^k places and another layer's differ; a unit vector stays one."""
-    sign, order, gauss = drawn(60000, keys_of("3 layer"), "cpu", torch.float32)
+    sign, order, gauss = drawn(65536, 60000, keys_of("3 layer"), "cpu", torch.float32)
     assert len(sign) == 65536 and sign.unique().tolist() == [-1, 1] and abs(float(sign.mean())) < 0.02
     assert (
-        torch.equal(order.sort().values, torch.arange(65536))
+        order.sort().values.tolist() == list(range(65536))
         and abs(float((order[1:] > order[:-1]).float().mean()) - 0.5) < 0.02
     )
     moments = [float((gauss**p).mean()) for p in (1, 2, 3, 4)]
     assert moments == pytest.approx([0, 1, 0, 3], abs=0.1)
-    other = drawn(60000, keys_of("3 other"), "cpu", torch.float32)
+    other = drawn(65536, 60000, keys_of("3 other"), "cpu", torch.float32)
     assert abs(float((other[2] * gauss).mean())) < 0.02 and float((other[1] == order).float().mean()) < 0.001
     x = torch.zeros(20000)
     x[7] = 1.0
     assert float(fastfood(x, 60000, sign, order, gauss).norm()) == pytest.approx(1.0, abs=0.05)
     for n in (1, 2, 3, 5):
-        assert sorted(drawn(n, keys_of("1"), "cpu", torch.float32)[1].tolist()) == list(
+        assert sorted(drawn(1, n, keys_of("1"), "cpu", torch.float32)[1].tolist()) == list(
             range(max(2, 1 << (n - 1).bit_length()))
         )
+
+
+def test_what_is_drawn_stays() -> None:
+    """A file holds no random part: another draw of any of them would make every saved adapter another one."""
+    sign, order, gauss = drawn(4, 5, keys_of("0 layer"), "cpu", torch.float32)
+    assert sign.tolist() == [1, -1, -1, 1] and order.tolist() == [7, 3, 4, 6, 2, 1, 5, 0]
+    want = [-2.1930525, -0.0678376, 1.4391129, 0.5506861, 1.4728341, -0.4538161, 0.0786205, 1.3407984]
+    assert gauss.tolist() == pytest.approx(want, rel=1e-4)
+
+
+def test_a_short_vector_is_a_long_one_with_zeros() -> None:
+    """The first transform is not done where there is nothing but zeros."""
+    x = torch.randn(40, dtype=torch.float64).requires_grad_()
+    sign, order, gauss = drawn(1000, 1000, keys_of("1"), "cpu", torch.float64)
+    short, whole = (fastfood(v, 1000, sign, order, gauss) for v in (x, torch.nn.functional.pad(x, (0, 984))))
+    torch.testing.assert_close(short, whole, rtol=1e-12, atol=1e-12)
+    one, two = (torch.autograd.grad(y.cos().sum(), x)[0] for y in (short, whole))
+    torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+    assert torch.equal(drawn(40, 1000, keys_of("1"), "cpu", torch.float64)[0], sign[:64])
+
+
+def test_parts_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn once a layer, bit for bit the same function; in no copy and no state, and gone where the adapter is."""
+    draws: list[int] = []
+
+    def counted(*given: Any) -> Any:
+        draws.append(1)
+        return drawn(*given)
+
+    monkeypatch.setattr(intrinsic, "drawn", counted)
+    model, other = bert(), bert()
+    adapter = attached(model, keep_random=True)
+    attached(other)
+    with torch.inference_mode():
+        model(IDS)
+    assert len(draws) == 13 == len(intrinsic._KEPT)
+    for one in (model, other):
+        one(IDS).logits.square().sum().backward()
+    assert len(draws) == 13 + 2 * 13, "the other draws in the forward and in the backward"
+    for p, q in zip(adapter.parameters(), dt.adapters(other)["default"].parameters(), strict=True):
+        assert p.grad is not None and torch.equal(p.grad, q.grad)  # type: ignore[arg-type]
+    twin = copy.deepcopy(model)
+    assert len(intrinsic._KEPT) == 13 and torch.equal(twin(IDS).logits, other(IDS).logits)
+    del twin
+    gc.collect()
+    assert sum(t.numel() for t in adapter.state_dict().values()) == 40
+    assert all("deltas" not in n and "banks" not in n for n, _ in model.named_buffers())
+    model.double()(IDS).logits.sum().backward()  # another dtype is drawn for
+    model.float()
+    adapter.set(keep_random=False)
+    assert torch.equal(model(IDS).logits, other(IDS).logits) and not intrinsic._KEPT
+    adapter.set(keep_random=True)
+    model(IDS)
+    adapter.detach()
+    del adapter
+    gc.collect()
+    assert not intrinsic._KEPT
 
 
 @pytest.mark.parametrize("said", [True, False])

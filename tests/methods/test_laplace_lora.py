@@ -375,6 +375,8 @@ def test_errors() -> None:
         fit(adapter, [texts()])
     with pytest.raises(ValueError, match="not of dora on a linear"):
         fit(dt.attach(bert(), "dora"), [texts()])
+    with pytest.raises(ValueError, match="A of lora_fa is not"):
+        fit(dt.attach(bert(), "lora_fa", r=3), [texts()])
     with pytest.raises(ValueError, match="has no LoRA"):
         fit(dt.attach(bert(), "full"), [texts()])
     model = bert()

@@ -11,6 +11,8 @@ from peft.tuners.lokr.layer import factorization
 from torch import Tensor, nn
 
 import deltatune as dt
+from deltatune.core import shapes
+from deltatune.core.base import Base
 from deltatune.methods.products import cut
 
 W1: Names = {"w1": ("lokr_w1", same)}
@@ -28,10 +30,15 @@ def conv() -> nn.Module:
     return nn.Conv2d(12, 30, 3, stride=2, padding=1, groups=2)
 
 
+def pixel() -> nn.Module:
+    return nn.Conv2d(12, 30, 1)
+
+
 LAYERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Names]] = {
     "low rank": (linear, {"r": 2}, W1 | LOW),
     "whole": (linear, {"r": 8}, W1 | W2),
-    "both": (linear, {"r": 1, "both": True}, BOTH | LOW),
+    "whole at its edge": (linear, {"r": 5}, W1 | W2),
+    "both": (linear, {"r": 2, "both": True}, BOTH | LOW),
     "both asked for, whole": (linear, {"r": 3, "both": True}, W1 | LOW),
     "a factor": (linear, {"r": 2, "factor": 3}, W1 | LOW),
     "a bound": (linear, {"r": 2, "factor": 5}, W1 | LOW),
@@ -41,6 +48,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Names]] = {
     "effective": (conv, {"r": 2, "effective": True}, W1 | CORE),
     "effective both": (conv, {"r": 1, "effective": True, "both": True}, BOTH | CORE),
     "effective, whole": (conv, {"r": 8, "effective": True}, W1 | W2),
+    "effective, one pixel": (pixel, {"r": 1, "effective": True}, W1 | LOW),
 }
 
 
@@ -61,7 +69,9 @@ def test_outputs_and_gradients(case: str) -> None:
     pair.starts_alike()
     assert torch.equal(pair.ours["at"](x), pair.base(x))
     pair.stir().look(x)
-    assert pair.adapter.params() == sum(p.numel() for p in pair.hf.values())
+    n = sum(p.numel() for p in pair.hf.values())
+    dims = pair.delta.dims(Base(pair.base, pair.delta.site))
+    assert pair.adapter.params() == n == shapes.sizes(dt.LoKr.count(), dims)[0]
 
 
 @pytest.mark.parametrize("case", ["both", "effective"])

@@ -233,7 +233,10 @@ def refused(adapter: dt.Adapter, *words: str) -> None:
 
 def test_what_cannot_shrink_says_so() -> None:
     model = llama()
-    refused(dt.attach(model, "lora_prune"), "masks nothing")
+    refused(dt.attach(model, "lora_prune"), "masks nothing; train it")
+    refused(
+        trained(llama(), where="q,v,mlp.up"), "masks nothing; masks stand at attn.o and at mlp.down, and it does not"
+    )
     adapter = trained(llama(), layers=[0])
     refused(adapter, "model.layers.0.mlp.down_proj keeps 24", "model.layers.1.mlp.down_proj 48 channels")
     adapter = dt.attach(bert(), "lora_prune")
@@ -247,6 +250,13 @@ def test_what_cannot_shrink_says_so() -> None:
     dt.attach(adapter.model, "lora", name="other")
     refused(adapter, "other", "stand on the model")
     adapter.model._deltatune  # noqa: B018  # still there: nothing was changed
+    tied = trained(llama(tie_word_embeddings=True), where="attn,mlp,lm_head")
+    refused(tied, "lm_head is adapted, and its weight is tied: model.embed_tokens.weight, lm_head.weight")
+
+
+def test_numbers_of_the_course_are_for_all_sites() -> None:
+    with pytest.raises(ValueError, match=r"one ratio for all its sites, not 0\.2 at .* and 0\.5 at"):
+        trained(llama(), where={"attn": {"ratio": 0.2}, "mlp": {"ratio": 0.5}})
 
 
 def test_bad_hyperparameters() -> None:

@@ -1,5 +1,6 @@
 """LoRA-SP beside HF PEFT's LoRA, of which the same entries are trained."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,14 @@ def test_places_with_a_share_of_their_own(tmp_path: Path) -> None:
     other = base()
     dt.load(other, tmp_path)
     assert torch.equal(other(rows(0)), model(rows(0)))
+
+
+def test_a_finished_tree_counts_what_its_sites_have(tmp_path: Path) -> None:
+    """Beside a method whose sites have some of its tensors, on a layer with a kernel."""
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8, 8))
+    dt.attach(model, dt.Sum(dt.LoKr(r=2, where=["0"]), dt.LoRASP(r=2, where=["2"])), head=None).save(tmp_path)
+    card = json.loads((tmp_path / "adapter.json").read_text(encoding="utf-8"))
+    assert card["n_params"] == dt.load(model, tmp_path, name="again").params()
 
 
 @pytest.mark.parametrize("hyper", [{"keep": 0.0}, {"keep": 1.5}, {"r": 0}])

@@ -55,7 +55,7 @@ def test_the_equation(case: str) -> None:
             own, at = entries[at : at + n], at + n
             if config.share < 1:
                 size = d.site.d_in * d.site.d_out
-                own = fastfood(own, size, *drawn(size, getattr(d, "keys"), "cpu", torch.float64))  # noqa: B009
+                own = fastfood(own, size, *drawn(len(own), size, getattr(d, "keys"), "cpu", torch.float64))  # noqa: B009
             moved.append(config.alpha * own)
     assert adapter.bank is not None
     assert (

@@ -146,6 +146,7 @@ OURS: dict[str, tuple[str, Any]] = {
     "lora_plus": ("bert", dt.LoRAPlus(r=4, where="all-linear")),
     "lora_plus with biases": ("bert", dt.LoRAPlus(r=4, bias=True)),
     "lora_fa": ("llama", dt.LoRAFA(r=4)),
+    "laplace_lora": ("bert", dt.LaplaceLoRA(r=4)),
 }  # fmt: skip
 
 
