@@ -11,6 +11,10 @@ from .core.attach import READERS as _READERS
 from .core.attach import attach as attach
 from .core.attach import load as load
 from .core.compose import Average as Average
+from .core.compose import Fuse as Fuse
+from .core.compose import Gate as Gate
+from .core.compose import Mixture as Mixture
+from .core.compose import Route as Route
 from .core.compose import Stack as Stack
 from .core.compose import Sum as Sum
 from .core.method import Method as Method
@@ -23,6 +27,7 @@ from .core.schedule import Schedules as Schedules
 from .core.shrink import shrink as shrink
 from .core.site import Site as Site
 from .core.site import sites as sites
+from .core.sources import saved as saved
 from .methods.adaptive import APT as APT
 from .methods.baseline import Copy as Copy
 from .methods.baseline import Full as Full
@@ -42,6 +47,8 @@ from .methods.dylora import DyLoRA as DyLoRA
 from .methods.far import FAR as FAR
 from .methods.freezing import AFLoRA as AFLoRA
 from .methods.freezing import LoRASP as LoRASP
+from .methods.fused import adapter_fusion as adapter_fusion
+from .methods.fused import unipelt as unipelt
 from .methods.hybrid import adaptformer as adaptformer
 from .methods.hybrid import hadamard as hadamard
 from .methods.hybrid import mam as mam
@@ -53,6 +60,7 @@ from .methods.increlora import IncreLoRA as IncreLoRA
 from .methods.instance import ATTEMPT as ATTEMPT
 from .methods.instance import IDPG as IDPG
 from .methods.intrinsic import IntrinsicSAID as IntrinsicSAID
+from .methods.kernel_mix import KernelMix as KernelMix
 from .methods.language import Invertible as Invertible
 from .methods.language import bad_x as bad_x
 from .methods.language import mad_x as mad_x

@@ -474,7 +474,7 @@ class Adapter:
 
 def _n_trained(adapter: Adapter, tree: Tree, state: Mapping[str, Tensor]) -> int:
     """How many numbers the adapter's sites would train under the leaves of `tree` and its `state`, without the head."""
-    leaves, shared, n = dict(tree.leaves()), {}, 0
+    n, shared, leaves = 0, dict[str, int](), dict(tree.leaves())
     for (path, site), delta in adapter.deltas.items():
         leaf = leaves.get(path)
         if leaf is None or leaf.frozen:
@@ -516,7 +516,7 @@ def fill(adapter: Adapter, path: str | os.PathLike[str], tensors: Mapping[str, T
         targets |= {f"{leaf}.{site}.{n}": t for n, t in own.items()}
         found = {n: tensors[f"{leaf}.{site}.{n}"] for n in own if n in delta.ragged and f"{leaf}.{site}.{n}" in tensors}
         ragged |= {f"{leaf}.{site}.{n}": (delta, n) for n in found}
-        if found:
+        if found and found.keys() == own.keys() & delta.ragged:  # else `check_keys` says what is missing
             try:
                 delta.check_ragged(found)
             except ValueError as error:

@@ -335,9 +335,10 @@ def _built(
                     f"{base.own_class(modules[site.module]).__name__} does not call"
                 )
             here = built.setdefault((site.name, path == HEAD), {})
-            here[path] = leaf.method.make(config, site, modules[site.module], shared, path, numbers.get(site.name))
+            made = leaf.method.make(config, site, modules[site.module], shared, path, numbers.get(site.name))
+            here[path] = made
             if leaf.frozen:
-                here[path].freeze()
+                made.freeze()
     return built
 
 

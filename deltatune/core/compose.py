@@ -274,10 +274,10 @@ def tree_from_dict(data: Mapping[str, Any], methods: "Mapping[str, type[Method]]
         if not isinstance(own, Mapping):
             raise ValueError(f"config of {data['op']} must be a mapping, not {own!r}")
         return node(*(tree_from_dict(c, methods) for c in children), **own)
-    known = ("method", "config", "where", "layers", "frozen")
-    extra = data.keys() - set(known)
+    keys = ("method", "config", "where", "layers", "frozen")
+    extra = data.keys() - set(keys)
     if extra or "method" not in data:
-        raise unknown("key of a method", sorted(extra)[0] if extra else "(none)", known)
+        raise unknown("key of a method", sorted(extra)[0] if extra else "(none)", keys)
     if str(data["method"]) not in methods:
         raise unknown("method", str(data["method"]), methods)
     cls = methods[data["method"]]

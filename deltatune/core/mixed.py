@@ -6,7 +6,7 @@ A mixer is a method like any other, a leaf of the tree behind the node's childre
 Keys and values, and soft tokens, are put one behind the other, each scaled by its child's weight of the row.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from types import FunctionType
 from typing import Any, ClassVar
@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .base import put_rows, take_rows
 from .method import METHODS, Delta, Meet, Method
 from .site import KINDS
 
@@ -53,7 +54,7 @@ class Mixer(Method):
         return True
 
     def weights(self, x: Tensor | None) -> Tensor:
-        """(B or 1, T or 1, n), how much of each child runs; x (B, T, I) is the site's input."""
+        """(B or 1, T or 1, n), how much of each child runs; x (B, T, I) is the site's input, at a block what it gives."""
         raise NotImplementedError
 
     def post(self, y: Tensor, x: Tensor) -> Tensor:
@@ -67,9 +68,13 @@ class Mixer(Method):
             y = y + per_token(w, i, change) * change
         return y
 
-    def rows(self) -> Tensor | None:
-        """(B), the child that each row runs, -1 for none; None where rows may run several."""
+    def rows(self, like: Tensor) -> Tensor | None:
+        """(B), the child that each row of `like` runs, -1 for none; None where rows may run several."""
         return None
+
+    def running(self) -> Collection[int]:
+        """The children that some row of this call may run."""
+        return range(self.n)
 
     def in_front(self, w: Tensor, parts: Mapping[int, Tensor], dim: int) -> Tensor:
         """What the children put in front of the keys or of the input, (B or 1, ..., P, ...) with P at `dim`."""
@@ -132,8 +137,10 @@ class Mixed(Meet):
     def _parts(self) -> list[Delta]:
         return [p for p in list(self.parts)[:-1] if isinstance(p, Delta)]
 
-    def _each(self, run: Callable[[Delta], Tensor]) -> dict[int, Tensor]:
-        return {i: run(part) for i, part in zip(self.numbers, self._parts, strict=True)}
+    def _running(self) -> dict[int, Delta]:
+        """The children that are here and run in this call, by number."""
+        running = self.mixer.running()
+        return {i: part for i, part in zip(self.numbers, self._parts, strict=True) if i in running}
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W + sum_i w_i (W_i - W)"""
@@ -150,84 +157,76 @@ class Mixed(Meet):
         """The children's outputs under the mixer."""
         from .runtime import cast
 
-        by_row = self.mixer.rows()
-        if by_row is not None:
-            return self._rows(y, x, by_row)
+        ids = self.mixer.rows(y)
+        if ids is not None:
+            return self._rows("post", ids, y, x)
+        return self._mixed(x, y, lambda part: cast(part, y.dtype).post(y, x))
 
-        def change(part: Delta) -> Tensor:
-            out: Tensor = cast(part, y.dtype).post(y, x)
-            return out - y
-
-        return self._mix(x, y, self._each(change))
-
-    def _rows(self, y: Tensor, x: Tensor, ids: Tensor) -> Tensor:
-        """Each row under its own child, (B) ids; equal children run at once, others one after the other on their rows."""
+    def _mixed(self, x: Tensor, y: Tensor, run: Callable[[Delta], Tensor], seen: Tensor | None = None) -> Tensor:
+        """`y` under the mixer, where `run` gives what it is under one child alone."""
         from .runtime import cast
 
-        parts = dict(zip(self.numbers, self._parts, strict=True))
-        place = torch.full((self.mixer.n + 1,), -1, device=ids.device)  # of child i among the parts; the last is none's
-        place[list(parts)] = torch.arange(len(parts), device=ids.device)
-        at = place[ids]
-        if self._is_uniform():
-            stacked = [torch.stack(ts) for ts in zip(*(_tensors(p).values() for p in parts.values()), strict=True)]
-            own = [t[at.clamp_min(0)].to(y.dtype) for t in stacked]
-            first, names = next(iter(parts.values())), list(_tensors(next(iter(parts.values()))))
+        ids = self.mixer.rows(y)
+        if ids is not None:
+            out = y
+            for i, part in self._running().items():
+                out = torch.where(_of_rows(ids == i, y), run(part), out)
+            return out
+        changes = {i: run(part) - y for i, part in self._running().items()}
+        x = y if self.site.kind == "block" else x  # behind a block as behind the norm that ends one: what children read
+        mixed: Tensor = cast(self.mixer, y.dtype).mix(x, y, changes, y if seen is None else seen)
+        return mixed
 
-            def one(y: Tensor, x: Tensor, *values: Tensor) -> Tensor:
-                out: Tensor = _Of(first, dict(zip(names, values, strict=True))).post(y[None], x[None])
+    def _rows(self, word: str, ids: Tensor, head: Tensor, *more: Tensor) -> Tensor:
+        """`head` where each row, of (B) ids, runs its own child's word; equal children run at once, others one by one."""
+        from .runtime import cast
+
+        parts = self._running()
+        if not parts:
+            return head
+        if _are_alike(list(parts.values())):
+            place = {i: k for k, i in enumerate(parts)}
+            at = torch.tensor([place.get(i, -1) for i in (*range(self.mixer.n), -1)], device=ids.device)[ids]
+            first, *others = (_tensors(part) for part in parts.values())
+            own = [torch.stack([t, *(o[name] for o in others)])[at.clamp_min(0)] for name, t in first.items()]
+            delta = next(iter(parts.values()))
+
+            def one(values: list[Tensor], *given: Tensor) -> Tensor:
+                seen = _Of(delta, dict(zip(first, values, strict=True)), head.dtype)
+                out: Tensor = getattr(seen, word)(*(t[None] for t in given))
                 return out[0]
 
-            made = torch.vmap(one)(y, x, *own)
-            return torch.where((at >= 0).view(-1, *[1] * (y.ndim - 1)), made, y)
-        for k, part in enumerate(parts.values()):
-            mine = at == k
+            return torch.where(_of_rows(at >= 0, head), torch.vmap(one)(own, head, *more), head)
+        out = head
+        for i, part in parts.items():
+            run = getattr(cast(part, head.dtype), word)
             if torch.compiler.is_compiling() or part.reads_call:  # what reads the call knows all of its rows
-                y = torch.where(mine.view(-1, *[1] * (y.ndim - 1)), cast(part, y.dtype).post(y, x), y)
-            elif len(rows := mine.nonzero().flatten()):
-                y = y.index_copy(0, rows, cast(part, y.dtype).post(y[rows], x[rows]).to(y.dtype))
-        return y
-
-    def _is_uniform(self) -> bool:
-        """Are the children one method with one configuration, pure functions of tensors of their own and one row?"""
-        first, *others = self._parts
-        if not isinstance(first, Method) or first.reads_call or first.noisy and self.training:
-            return False
-        if len(others) == 0 or any(slot.shared for slot in first.slots_of(first.config).values()):
-            return False
-        shapes = [t.shape for t in _tensors(first).values()]
-        return all(
-            type(p) is type(first)
-            and isinstance(p, Method)
-            and p.config == first.config
-            and not p._modules
-            and [t.shape for t in _tensors(p).values()] == shapes
-            for p in others
-        )
+                out = torch.where(_of_rows(ids == i, head), run(head, *more), out)
+            elif len(rows := (ids == i).nonzero().flatten()):
+                out = out.index_copy(0, rows, run(head[rows], *(t[rows] for t in more)).to(head.dtype))
+        return out
 
     def around(self, x: Tensor, base: Any) -> Tensor:
         """The same where a child reads the layer itself. What changes a norm's own input is mixed there."""
-        if self._is_inside():
+        if is_inside(self):
             return base(x, change=self._inside)  # type: ignore[no-any-return]
+        site, ids = self.site, self.mixer.rows(x)
+        if ids is not None and all(part.fast and not part.has_around for part in self._parts):
+            x = self._rows("pre", ids, x)
+            return self._rows("post", ids, base(x), x)
         y: Tensor = base(x)
-        return self._mix(x, y, self._each(lambda part: base.under(part, x, y) - y))
-
-    def _is_inside(self) -> bool:
-        """Do all children change a norm's own input?"""
-        return self.site.kind == "norm" and all(
-            p._is_inside() if isinstance(p, Mixed) else p.has_around for p in self._parts
-        )
+        if not site.rows:
+            return self._mixed(x, y, lambda part: base.under(part, x, y))
+        own = take_rows(y, site, -1)
+        return put_rows(y, self._mixed(x, own, lambda part: take_rows(base.under(part, x, y), site, -1)), site, -1)
 
     def _inside(self, z: Tensor, layer: Callable[[Tensor], Tensor]) -> Tensor:
         from .runtime import cast
 
         n = layer(z)
-        return self._mix(n, z, self._each(lambda part: cast(part, z.dtype).around(z, _Asked(n)) - z), n)
-
-    def _mix(self, x: Tensor, y: Tensor, changes: dict[int, Tensor], seen: Tensor | None = None) -> Tensor:
-        from .runtime import cast
-
-        mixed: Tensor = cast(self.mixer, y.dtype).mix(x, y, changes, y if seen is None else seen)
-        return mixed
+        return self._mixed(
+            n, z, lambda part: cast(part, z.dtype).around(z, Asked(lambda v: n if v is z else layer(v))), n
+        )
 
     def pre(self, x: Tensor) -> Tensor:
         """What learned keys and values, and their weights, read of the attention's input."""
@@ -249,24 +248,39 @@ class Mixed(Meet):
         from .runtime import cast
 
         mixer: Any = cast(self.mixer, key.dtype)
-        w = self.frame.stash.pop(self._place) if self.mixer.reads_input else mixer.weights(None)
-        pairs = self._each(lambda part: cast(part, key.dtype).kv(key, value))
-        return tuple(mixer.in_front(w, {i: pair[k] for i, pair in pairs.items()}, 2) for k in (0, 1))  # type: ignore[return-value]
+        w = self.frame.stash.pop(self._place) if self.mixer.reads_input else mixer.weights(key)
+        pairs = {i: cast(part, key.dtype).kv(key, value) for i, part in self._running().items()}
+        if not pairs:
+            return key[:, :, :0], value[:, :, :0]
+        return tuple(mixer.in_front(w, {i: pair[k] for i, pair in pairs.items()}, 2) for k in (0, 1))
 
     def tokens(self, batch: Tensor) -> Tensor:
         """The children's soft tokens, weighed, one behind the other."""
         from .runtime import cast
 
         mixer: Any = cast(self.mixer, batch.dtype)
-        found = self._each(lambda part: cast(part, batch.dtype).tokens(batch))
-        out: Tensor = mixer.in_front(mixer.weights(batch), found, 1)
+        w = mixer.weights(batch)
+        found = {i: cast(part, batch.dtype).tokens(batch) for i, part in self._running().items()}
+        out: Tensor = mixer.in_front(w, found, 1) if found else batch[:, :0]
         return out
 
     def embed(self, batch: Tensor, places: Tensor) -> Tensor:
         """What the children change of the embedded input, weighed."""
         from .runtime import cast
 
-        return self._mix(batch, batch, self._each(lambda part: cast(part, batch.dtype).embed(batch, places) - batch))
+        return self._mixed(batch, batch, lambda part: cast(part, batch.dtype).embed(batch, places))
+
+
+def is_inside(delta: Delta) -> bool:
+    """Does it stand around a norm and change the norm's own input, as all under it do?"""
+    return delta.site.kind == "norm" and (
+        all(map(is_inside, delta._parts)) if isinstance(delta, Mixed) else delta.has_around
+    )
+
+
+def _of_rows(mine: Tensor, like: Tensor) -> Tensor:
+    """(B) as (B, 1, ...), for values like `like`."""
+    return mine.view(-1, *[1] * (like.ndim - 1))
 
 
 def _tensors(delta: Delta) -> dict[str, Tensor]:
@@ -274,28 +288,52 @@ def _tensors(delta: Delta) -> dict[str, Tensor]:
     return {name: t for name, t in own.items() if t is not None}
 
 
-class _Of:
-    """A delta seen with other tensors of its own."""
+def _state(delta: Delta) -> dict[str, Any]:
+    """What a delta's words read besides its tensors."""
+    plain = {k: v for k, v in vars(delta).items() if isinstance(v, (bool, int, float, str)) and k != "path"}
+    return plain | {name: (t.shape, t.dtype) for name, t in _tensors(delta).items()}
 
-    def __init__(self, delta: Delta, tensors: Mapping[str, Tensor]) -> None:
-        self.delta, self.tensors = delta, tensors
+
+def _are_alike(parts: Sequence[Delta]) -> bool:
+    """Are they one method with one configuration, pure functions of tensors of their own and one row?"""
+    first, *others = parts
+    if (
+        not isinstance(first, Method)
+        or first.reads_call
+        or first.noisy
+        and first.training
+        or first._modules
+        or not others
+    ):
+        return False
+    if any(slot.shared for slot in first.slots_of(first.config).values()):
+        return False
+    return all(isinstance(p, type(first)) and p.config == first.config and _state(p) == _state(first) for p in others)
+
+
+class _Of:
+    """A delta seen with other tensors of its own, in the activations' dtype; `exact` has them in their own."""
+
+    def __init__(self, delta: Delta, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+        self.delta, self.tensors, self.dtype = delta, tensors, dtype
 
     def __getattr__(self, name: str) -> Any:
         if name == "exact":
-            return self
+            return _Of(self.delta, self.tensors, None)
         if name in self.tensors:
-            return self.tensors[name]
+            t = self.tensors[name]
+            return t.to(self.dtype) if self.dtype is not None and t.is_floating_point() else t
         declared = getattr(type(self.delta), name, None)
-        if isinstance(declared, property) and declared.fget is not None:
-            return declared.fget(self)
+        if isinstance(declared, property):
+            return declared.__get__(self, type(self.delta))  # not fget, whose call dynamo does not trace
         return partial(declared, self) if isinstance(declared, FunctionType) else getattr(self.delta, name)
 
 
-class _Asked:
-    """In a layer's place: what a delta around it would change of the layer's own input, `n` being the layer's output there."""
+class Asked:
+    """In a layer's place: what a delta around it would change of the layer's own input, and nothing runs behind it."""
 
-    def __init__(self, n: Tensor) -> None:
-        self.n = n
+    def __init__(self, layer: Callable[[Tensor], Tensor]) -> None:
+        self.layer = layer
 
     def __call__(self, x: Tensor, change: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
-        return change(x, lambda _: self.n)
+        return change(x, self.layer)

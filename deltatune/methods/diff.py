@@ -19,7 +19,8 @@ class Projection(Schedule):
     """Trains the difference with its gates under the L0 penalty, cuts it to the largest entries, and trains those.
 
     The penalty's gradient is added once a step, whatever the number of backward passes, and so the noise of the gates is
-    drawn once a step: of the adapter's seed, the step and the site alone. What is cut loses its tensors and moments.
+    drawn once a step: of the adapter's seed, the step and the site alone. What is cut loses its tensors and moments. An
+    adapter that is cut already, as a file is, trains on as it is.
     """
 
     resizes = True
@@ -33,10 +34,10 @@ class Projection(Schedule):
         super().begin(optimizer, n_steps, n_micro)
         self.optimizer = optimizer
         self.deltas = {key: d for key, d in self.adapter.deltas.items() if isinstance(d, DiffPruning)}
-        first = next(iter(self.deltas.values())).config
-        if any(d.config != first for d in self.deltas.values()):
-            raise ValueError("diff_pruning: one budget is for all sites; its hyperparameters are the same everywhere")
-        self.dense = max(1, int(first.dense * n_steps)) if first.dense < 1 else int(first.dense)
+        config = self.common(self.deltas.values())
+        self.dense = max(1, int(config.dense * n_steps)) if config.dense < 1 else int(config.dense)
+        if not any(d.is_dense for d in self.deltas.values()):
+            self.dense = 0
         if self.dense >= n_steps > 1:
             raise ValueError(f"diff_pruning: dense = {self.dense} steps leave none of {n_steps} to train what is kept")
         for d in self.deltas.values():
@@ -170,6 +171,7 @@ class DiffPruning(Sparse, name="diff_pruning"):
             raise ValueError(f"w, gate and group are {dense}, here they are {whole}, or empty beside the values")
         super().check_ragged(tensors)
 
+    @torch.compiler.disable  # a generator has no place in a graph; else each site and step would be traced to find that out
     def noise(self, part, n):
         """u (n), the same each time in one step."""
         step, seed = self.draw

@@ -13,7 +13,8 @@ class Priming(Schedule):
     """Trains all nodes, then keeps of each MLP those that moved farthest, and trains these alone.
 
     A node's distance is the L1 norm of what changed in its rows, its biases and its column. The kept ones go on from where
-    they are, with their moments; the others return to the base.
+    they are, with their moments; the others return to the base. An adapter that brings its nodes along, as a file does,
+    trains on with them.
     """
 
     resizes = True
@@ -29,16 +30,20 @@ class Priming(Schedule):
         for (path, _), d in self.adapter.deltas.items():
             if isinstance(d, FAR):
                 self.mlps.setdefault((path, d.site.stack, d.site.layer), []).append(d)
+        deltas = [d for group in self.mlps.values() for d in group]
+        prime = self.common(deltas, "prime").prime
         for group in self.mlps.values():
+            self.common(group, "keep")
             sites = [d.site for d in group]
             if len({d.n_nodes for d in group}) > 1 or len({s.role for s in sites}) < len(sites):
                 names = ", ".join(s.name for s in sites)
                 raise ValueError(f"far: {names} lie in one block and are no one MLP, whose nodes they would share")
-        prime = next(iter(self.mlps.values()))[0].prime
         self.prime = max(1, int(prime * n_steps)) if 0 < prime < 1 else int(prime)
-        if self.prime >= n_steps > 1:
+        if any(len(d.nodes) < d.n_nodes for d in deltas):  # they are chosen
+            self.prime = None
+        elif self.prime >= n_steps > 1:
             raise ValueError(f"far: prime = {self.prime} steps leave none of {n_steps} to train what is kept")
-        if self.done == self.prime == 0:
+        elif self.done == self.prime == 0:
             self._choose()
 
     @torch.no_grad()
@@ -137,8 +142,11 @@ class FAR(Method, name="far"):
         nodes, w = tensors["nodes"], tensors["w"]
         rows = len(nodes) * self.parts
         width = self.site.d_out if self.narrows else self.site.d_in
-        if nodes.dtype != torch.int32 or tuple(w.shape) != (rows, width) or len(tensors.get("d", w)) != rows:
-            raise ValueError(f"w {tuple(w.shape)} does not hold {len(nodes)} nodes of width {width}")
+        biases = tensors.get("d", w[:, 0] if w.ndim == 2 else w)
+        if nodes.dtype != torch.int32 or nodes.ndim != 1 or w.shape != (rows, width) or biases.shape != (rows,):
+            raise ValueError(
+                f"nodes {tuple(nodes.shape)}, w {tuple(w.shape)} and d {tuple(biases.shape)} are no nodes of width {width}"
+            )
         if not len(nodes) or nodes[0] < 0 or nodes[-1] >= self.n_nodes or bool((nodes.diff() <= 0).any()):
             raise ValueError(f"nodes must ascend within the {self.n_nodes} of the MLP")
 
@@ -161,4 +169,5 @@ class FAR(Method, name="far"):
     def post(self, y, x):
         if self.narrows:
             return y + F.linear(x.index_select(-1, self.nodes), self.w.t())
-        return y.index_add(-1, self.rows(), F.linear(x, self.w, self._parameters.get("d")))
+        moved = F.linear(x, self.w, self.d if "d" in self._parameters else None)
+        return y.index_add(-1, self.rows(), moved.to(y.dtype))  # under autocast the layer's own may be fp32

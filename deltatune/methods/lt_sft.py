@@ -30,7 +30,7 @@ class Rewind(Schedule):
     def begin(self, optimizer, n_steps, n_micro=1):
         super().begin(optimizer, n_steps, n_micro)
         self.optimizer, self.sites = optimizer, deltas_of(self)
-        self.config = next(iter(self.sites.values())).config
+        self.config = self.common(self.sites.values(), "iterations", "dense", "l1_dense", "l1_sparse")
         self.size = sum(d.size for d in self.sites.values())
         n = self.config.iterations
         self.opens = [round(n_steps * i / n) for i in range(n)]

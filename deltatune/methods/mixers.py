@@ -192,48 +192,51 @@ class RowMixer(Mixer, name="rows"):
     def reads_input(self):
         return False
 
-    def ids(self):
-        """(B)"""
-        ids = None if self.call is None else self.call.adapter_ids
+    def rows(self, like):
+        """(B), on the device of `like` (B, ...). Raises ValueError where they are missing, or not one for each row."""
+        ids = self.call.adapter_ids
+        at, n = self.site.name or "the model", self.n
         if ids is None:
             raise ValueError(
-                f"{self.site.name}: adapter_ids are missing, for each row the number of its adapter, -1 for none"
+                f"{at}: adapter_ids are missing, a tensor with the number of each row's adapter, -1 for none"
             )
-        if not torch.compiler.is_compiling() and not bool(((ids >= -1) & (ids < self.n)).all()):
+        if ids.shape != like.shape[:1] or ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(
-                f"{self.site.name}: adapter_ids {ids.tolist()} are not all among the {self.n} adapters, or -1"
+                f"{at}: adapter_ids of {ids.dtype} and shape {tuple(ids.shape)}; here are {like.shape[0]} rows, and each needs "
+                f"one whole number"
             )
-        return ids
+        if not torch.compiler.is_compiling() and (wrong := [i for i in self.known() if not -1 <= i < n]):
+            raise ValueError(f"{at}: adapter id {wrong[0]}, but there are the adapters 0 to {n - 1}, and -1 for none")
+        return ids.to(like.device)
+
+    def known(self):
+        """The ids that occur; a GPU is waited for once a call, not at every site."""
+        ids, stash = self.call.adapter_ids, self.frame.stash
+        if stash.get("adapter_ids") is not ids:
+            stash["adapter_ids"], stash["adapter_ids that occur"] = ids, ids.unique().cpu()
+        return stash["adapter_ids that occur"].tolist()
+
+    def running(self):
+        return range(self.n) if torch.compiler.is_compiling() else self.known()
 
     def weights(self, x):
-        return (self.ids()[:, None, None] == torch.arange(self.n, device=self.ids().device)).float()
-
-    def rows(self):
-        return self.ids()
-
-    def mix(self, x, y, changes, seen):
-        ids = self.ids()
-        for i, change in changes.items():
-            y = torch.where((ids == i).view(-1, *[1] * (y.ndim - 1)), y + change, y)
-        return y
+        ids = self.rows(x)
+        return (ids[:, None, None] == torch.arange(self.n, device=ids.device)).float()
 
     def in_front(self, w, parts, dim):
         """The row's own child's; all rows have one, of one length."""
-        ids = self.ids()
-        sizes = {part.shape[dim] for part in parts.values()}
+        at, sizes = self.site.name or "the model", {part.shape[dim] for part in parts.values()}
         if len(sizes) > 1:
             raise ValueError(
-                f"{self.site.name}: rows of one batch cannot have {sorted(sizes)} learned tokens in front; their adapters "
-                f"need one length"
+                f"{at}: rows of one batch cannot have {sorted(sizes)} learned tokens in front; their adapters need one length"
             )
-        if not torch.compiler.is_compiling():
-            without = sorted({int(i) for i in ids.tolist()} - parts.keys())
-            if without:
-                raise ValueError(
-                    f"{self.site.name}: adapters {without} put no tokens in front here and others of this batch do; run them apart"
-                )
-        n_rows = len(ids)
-        out = next(iter(parts.values())).expand(n_rows, *[-1] * (next(iter(parts.values())).ndim - 1))
-        for i, part in parts.items():
-            out = torch.where((ids == i).view(-1, *[1] * (part.ndim - 1)), part, out)
+        if not torch.compiler.is_compiling() and (without := sorted({*self.known()} - parts.keys())):
+            raise ValueError(
+                f"{at}: the rows of adapter_ids {without} have no tokens in front here and others of this batch do; run them "
+                f"apart"
+            )
+        first, *others = parts.items()
+        out = first[1].expand(len(w), *[-1] * (first[1].ndim - 1))
+        for i, part in others:
+            out = torch.where((w[:, 0, i] > 0).view(-1, *[1] * (part.ndim - 1)), part, out)
         return out

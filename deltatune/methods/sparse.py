@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.base import own_class
-from ..core.calibrate import Gradients, collect
+from ..core.calibrate import Gradients, collect, looking
 from ..core.method import Method, fixed, param
 from ..core.ragged import refill
 from ..core.refold import linear
@@ -142,21 +142,6 @@ def opened(deltas):
             d.take(*before[name])
 
 
-@contextlib.contextmanager
-def looking(model, training, seed):
-    """The model in that mode, and what it draws from `seed`; afterwards both as they were."""
-    modes = [(m, m.training) for m in model.modules()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(sorted(devices, key=str)):
-        torch.manual_seed(seed)
-        try:
-            model.train(training)
-            yield
-        finally:
-            for m, mode in modes:
-                m.training = mode
-
-
 class Chooser(Schedule):
     """Looks at data before training and chooses the entries, which then stay."""
 
@@ -194,13 +179,16 @@ class Chooser(Schedule):
 class Fisher(Chooser):
     """F = the mean over examples of (d log p(y | x) / d theta)^2, each example's gradient by itself, without dropout."""
 
+    @property
+    def looks_at(self):
+        return self.common(deltas_of(self).values(), "n_samples").n_samples, "rows"
+
     def look(self, values, batches, loss):
-        config = next(iter(deltas_of(self).values())).config
-        model = self.adapter.model
+        labels, model = self.common(deltas_of(self).values(), "labels").labels, self.adapter.model
         with looking(model, False, self.adapter.seed):
             return collect(
-                model, batches, loss if config.labels == "true" else partial(_own_labels, loss),
-                {"fisher": Gradients(values)}, rows="example", most=config.n_samples,
+                model, batches, loss if labels == "true" else partial(_own_labels, loss),
+                {"fisher": Gradients(values)}, rows="example", most=self.looks_at[0],
             )["fisher"]  # fmt: skip
 
 
@@ -211,7 +199,7 @@ def _own_labels(loss, model, batch):
     if labels is not None and not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         with torch.no_grad():
             logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
-    if logits is None or labels.is_floating_point() or labels.shape != logits.shape[:-1]:
+    if logits is None or labels.is_floating_point() or labels.shape != logits.shape[:-1] or logits.shape[-1] < 2:
         raise ValueError(
             f'fish_mask: labels="drawn" needs labels that are classes, one for each answer; {name} has others'
         )
@@ -224,12 +212,16 @@ def _own_labels(loss, model, batch):
 class Burn(Chooser):
     """|sum of the gradients of a burn-in in which nothing moves|, each step's clipped over all that trains; by tensor."""
 
+    @property
+    def looks_at(self):
+        return self.common(deltas_of(self).values(), "burn_in").burn_in, "batches"
+
     def look(self, values, batches, loss):
-        config = next(iter(deltas_of(self).values())).config
+        clip = self.common(deltas_of(self).values(), "clip").clip
         heads = {f"head {i}": p for i, p in enumerate(self.adapter.head_parameters())}
         with looking(self.adapter.model, True, self.adapter.seed):
             found = collect(
-                self.adapter.model, batches, loss, {"sum": Clipped(values | heads, config.clip)}, most=config.burn_in
+                self.adapter.model, batches, loss, {"sum": Clipped(values | heads, clip)}, most=self.looks_at[0]
             )["sum"]
         return {name: found[name].abs() for name in values}
 
@@ -251,9 +243,12 @@ class Clipped(Gradients):
         self.most = most
 
     def see(self, grads, of_made, real):
-        norm = torch.stack([g.float().norm().cpu() for g in grads.values() if g is not None]).norm()
-        scale = float((self.most / (norm + 1e-6)).clamp(max=1.0)) if self.most else 1.0
-        super().see({name: None if g is None else g.float() * scale for name, g in grads.items()}, of_made, real)
+        there = {name: g.float() for name, g in grads.items() if g is not None}
+        if self.most and there:
+            norm = torch.stack([g.norm().cpu() for g in there.values()]).norm()
+            scale = float((self.most / (norm + 1e-6)).clamp(max=1.0))
+            there = {name: g * scale for name, g in there.items()}
+        super().see({name: there.get(name) for name in grads}, of_made, real)
 
 
 def in_matrix(shape, *, delta, **_):

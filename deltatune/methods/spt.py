@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.calibrate import Gradients, collect
+from ..core.calibrate import Gradients, collect, looking
 from ..core.inits import kaiming
 from ..core.method import param
 from ..core.ragged import refill
 from ..core.sharded import whole
-from .sparse import Chooser, Sparse, deltas_of, looking, positive
+from .sparse import Chooser, Sparse, deltas_of, positive
 
 GRID, STEPS = 79, 50  # numbers of sensitive entries that are tried: 1/50 to 79/50 of the budget
 
@@ -23,10 +23,13 @@ class Sensitivity(Chooser):
     A matrix with many of them gets a low-rank update, a vector with many trains as a whole, and in the others those entries do.
     """
 
+    @property
+    def looks_at(self):
+        return self.common(deltas_of(self).values(), "n_batches").n_batches, "batches"
+
     def look(self, values, batches, loss):
-        config = next(iter(deltas_of(self).values())).config
         with looking(self.adapter.model, True, self.adapter.seed):
-            found = collect(self.adapter.model, batches, loss, {"s": Gradients(values)}, most=config.n_batches)
+            found = collect(self.adapter.model, batches, loss, {"s": Gradients(values)}, most=self.looks_at[0])
         return found["s"]
 
     @property
@@ -48,7 +51,7 @@ class Sensitivity(Chooser):
         for name, d in deltas.items():
             matrix = (name, "weight") in full and d.site.kind != "norm"
             with torch.random.fork_rng(devices=()), torch.device("cpu"):
-                torch.manual_seed(zlib.crc32(name.encode()) ^ self.adapter.seed)
+                torch.default_generator.manual_seed(zlib.crc32(name.encode()) ^ self.adapter.seed)  # not the GPUs' too
                 d.factors(d.r if matrix else 0)
             own = [
                 torch.arange(parts[name, key][0].numel()) if (name, key) in full else sensitive[name, key]

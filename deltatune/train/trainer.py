@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import has_length
 
 from ..core.adapter import Adapter, adapters
-from ..core.schedule import Schedules
+from ..core.calibrate import looking
+from ..core.schedule import Schedule, Schedules
 from .distil import Distil
 
 SCHEDULES = "schedules.pt"
-CALIBRATION_ROWS = 1024  # what a method that looks at data before training is shown, at most
 
 
 def trained(model: nn.Module) -> list[Adapter]:
@@ -100,12 +101,19 @@ class ScheduleCallback(TrainerCallback):
 
 
 class AdapterTrainer(Trainer):
-    """A Trainer whose optimiser comes from the adapters' groups and whose checkpoints hold adapters alone."""
+    """A Trainer whose optimiser comes from the adapters' groups and whose checkpoints hold adapters alone.
+
+    The loss of a step of several passes, or on several devices, is the mean of theirs. The Trainer takes it from the signature
+    that a forward with **kwargs divides its loss by the number of labels of the whole step, `num_items_in_batch`, as causal
+    language models do; most others take it and do not (classifiers, T5, BART), and their gradients would be as many times
+    too large as there are passes. So the loss is asked, once.
+    """
 
     def __init__(
         self, model: nn.Module, *args: Any, head_lr: float | None = None, distil: Distil | None = None, **kwargs: Any
     ) -> None:
         self.events, self.head_lr, self.distil = ScheduleCallback(model), head_lr, distil
+        self.reads_n_items: bool | None = None  # does the loss read num_items_in_batch? None until it was asked
         if distil is not None:
             distil.check(model)
         super().__init__(model, *args, **kwargs)
@@ -121,19 +129,57 @@ class AdapterTrainer(Trainer):
         loss, outputs = self.distil.loss(model, inputs, self.events.model)
         return (loss, outputs) if return_outputs else loss
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        batches, n_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        args = self.args
+        several = args.gradient_accumulation_steps > 1 or args.world_size > 1 or args.n_gpu > 1
+        if n_items is not None and several and self.compute_loss_func is None:
+            if self.reads_n_items is None:
+                self.reads_n_items = self._ask(batches[0], n_items)
+            if self.reads_n_items is False:
+                self.model_accepts_loss_kwargs, n_items = False, None
+        return batches, n_items
+
+    @torch.no_grad()
+    def _ask(self, batch: Any, n_items: Any) -> bool | None:
+        """Is the loss of one batch another where the step is said to have twice as many labels? None where it is 0."""
+        losses = []
+        with looking(self.events.model, False, self.args.seed), self.compute_loss_context_manager():
+            for n in (n_items, 2 * n_items):
+                inputs = dict(self._prepare_inputs(batch))  # a loss of its own takes the labels out of it
+                losses.append(self.compute_loss(self.model_wrapped, inputs, num_items_in_batch=n).float().mean())
+        one, two = losses
+        said = torch.where(one == 0, -1, (~torch.isclose(one, two, rtol=1e-3, atol=0.0)).int())
+        heard = int(self.accelerator.gather(said[None]).max())  # one answer for all ranks, else some wait for others
+        return None if heard < 0 else bool(heard)
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.events.schedules.calibrate(self._calibration, lambda m, batch: m(**batch).loss)
+            for schedule in self.events.schedules.waiting():
+                schedule.calibrate(self._calibration(schedule), lambda m, batch: m(**batch).loss)
             cls, options = self.get_optimizer_cls_and_kwargs(self.args)
             groups = self.events.schedules.groups(self.args.learning_rate, self.args.weight_decay, self.head_lr)
             self.optimizer = cls(groups, **options)
         return self.optimizer
 
-    def _calibration(self) -> Iterator[Any]:
-        """Batches of the training rows in an order of their own: the training's is not touched."""
-        shuffled = torch.randperm(len(self.train_dataset), generator=torch.Generator().manual_seed(self.args.seed))  # type: ignore[arg-type]
-        rows = torch.utils.data.Subset(self.train_dataset, shuffled[:CALIBRATION_ROWS].tolist())  # type: ignore[arg-type]
-        for batch in torch.utils.data.DataLoader(rows, self.args.train_batch_size, collate_fn=self.data_collator):
+    def _calibration(self, schedule: Schedule) -> Iterator[Any]:
+        """The rows or batches of the training rows that the schedule looks at, in an order that the seed gives.
+
+        Where there are too few for its batches they come again, each time in another order. The training's order is not
+        touched. Raises ValueError where the rows cannot be counted.
+        """
+        if not has_length(self.train_dataset):
+            raise ValueError(
+                f"adapter {schedule.adapter.name!r}: {type(schedule).__name__} looks at data first, and these training rows "
+                f"cannot be counted; call adapter.calibrate(batches) before the trainer"
+            )
+        n_rows, (most, unit), size = len(self.train_dataset), schedule.looks_at, self.args.train_batch_size  # type: ignore[arg-type]
+        n = min(most, n_rows) if unit == "rows" else most * size
+        draw = torch.Generator().manual_seed(self.args.seed)
+        order = torch.cat([torch.randperm(n_rows, generator=draw) for _ in range(0, n, n_rows)])[:n]
+        rows: Any = torch.utils.data.Subset(self.train_dataset, order.tolist())  # type: ignore[arg-type]
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
+        for batch in torch.utils.data.DataLoader(rows, size, collate_fn=collate):
             yield self._prepare_inputs(batch)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

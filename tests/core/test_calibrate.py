@@ -1,7 +1,10 @@
 """Statistics of gradients over batches, and nothing left behind."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from deltatune.core.calibrate import Covariance, Gradients, collect, gradients
@@ -46,6 +49,10 @@ def test_errors_name_the_tensor_and_restore() -> None:
     idle = nn.Parameter(torch.zeros(2), requires_grad=False)
     with pytest.raises(ValueError, match="does not depend on idle"):
         gradients(model, {"w": model.weight, "idle": idle}, batches(1), loss)
+    with pytest.raises(ValueError, match="does not depend on w"):
+        gradients(model, {"w": model.weight}, batches(1), lambda m, batch: torch.ones(()))
+    with pytest.raises(ValueError, match="the gradients of w are not finite"):
+        gradients(model, {"w": model.weight}, batches(2), lambda m, batch: loss(m, batch) / 0.0)
     with pytest.raises(ValueError, match="no batch"):
         gradients(model, {"w": model.weight}, [], loss)
     assert not any(t.requires_grad for t in (model.weight, model.bias, idle))
@@ -107,3 +114,29 @@ def test_examples_one_by_one() -> None:
     moved = Gradients(tensors, lambda g, t: (g * t).abs())
     both = collect(model, [batch], of_rows, {"a": moved, "b": Gradients(tensors, lambda g, t: g)})
     torch.testing.assert_close(both["a"]["w"], (both["b"]["w"] * model.weight).abs())
+
+
+def test_no_batch_more_than_asked_for() -> None:
+    model, seen = nn.Linear(4, 3), []
+    collect(model, (seen.append(b) or b for b in batches(5)), loss, {"": Gradients({"w": model.weight})}, most=2)  # type: ignore[func-returns-value]
+    assert len(seen) == 2
+
+
+def on_rank(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    got = gradients(model, {"w": model.weight}, batches(4)[2 * rank : 2 * rank + 2], loss)["w"]
+    torch.save((model.weight, got), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_agree(tmp_path: Path) -> None:
+    """Each with batches of its own: both have the mean of all four, bit for bit the same."""
+    mp.spawn(on_rank, (str(tmp_path),), 2)
+    (weight, one), (_, two) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(one, two)
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    assert torch.equal(model.weight, weight)
+    torch.testing.assert_close(one, gradients(model, {"w": model.weight}, batches(4), loss)["w"])

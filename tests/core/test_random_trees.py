@@ -6,6 +6,7 @@ Drawn from a seed, three levels deep at most; a few in the default suite, 300 in
 import copy
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from torch import Tensor, nn
 import deltatune as dt
 from deltatune.contract.beds import BEDS, Bed
 from deltatune.contract.checks import State, Trial, close, far, perturb
-from deltatune.core.compose import Leaf, Mixing, Node, Tree
+from deltatune.core.compose import Leaf, Node, Tree
 from deltatune.core.method import METHODS, Method
 
 BEDS_HERE = [BEDS["attention-bert"], BEDS["attention"]]  # a BERT and a Llama of two layers
 NODES: list[Any] = [dt.Stack, dt.Sum, dt.Average, dt.Gate, dt.Mixture, dt.Fuse, dt.Route]
-PLACES = "q,v|q,k,v,o|mlp.down|mlp|norm|block|attn.o,mlp.up".split("|")
+PLACES = ["q,v", "q,k,v,o", "mlp.down", "mlp", "norm", "block", "attn.o,mlp.up"]
 N_FEW, N_MANY = 12, 300
 
 
@@ -78,6 +79,14 @@ def out(model: nn.Module, batch: dict[str, Tensor], **more: Tensor) -> Tensor:
     return model(**batch, **more)[0]  # type: ignore[no-any-return]
 
 
+def tried(make: Callable[[], Any]) -> tuple[Any, str]:
+    """What it gave, or None and the text of its ValueError."""
+    try:
+        return make(), ""
+    except ValueError as error:
+        return None, str(error)
+
+
 class Counts(dict[str, int]):
     """How often each thing was seen."""
 
@@ -95,24 +104,19 @@ def holds(seed: int, counts: Counts, folder: Path, graph: bool) -> None:
     batch, before = bed.batch(), State(model)
     plain_out = out(model, batch)
     torch.manual_seed(seed)
-    try:
-        adapter = dt.attach(model, tree, head=None)
-    except ValueError as error:
-        known = [
-            *(leaf.method.name for _, leaf in tree.leaves()),
-            "where",
-            *(s.name for s in dt.core.site.all_sites(model) if s.name),
-        ]
-        assert any(name in str(error) for name in known) and len(str(error)) > 20, f"{tree}: {error}"
+    adapter, said = tried(lambda: dt.attach(model, tree, head=None))
+    if adapter is None:
+        sites = (s.name for s in dt.core.site.all_sites(model) if s.name)
+        known = ["where", *sites, *(leaf.method.name for _, leaf in tree.leaves())]
+        assert any(name in said for name in known) and len(said) > 20, f"{tree}: {said}"
         before.restored(model)
         counts.add("refused at attach")
         return
-    try:
-        more = own(model, tree, 4)
-        got = out(model, batch, **more)
-    except ValueError as error:  # what only a batch can say: rows whose adapters put different things in front
-        assert re.search(r"rows of one batch|put no tokens in front|dropout needs|works on|inside works", str(error)), (
-            f"{tree}: {error}"
+    more = own(model, tree, 4)
+    got, said = tried(lambda: out(model, batch, **more))
+    if got is None:  # what only a batch can say: rows whose adapters put different things in front
+        assert re.search(r"rows of one batch|put no tokens in front|dropout needs|works on|inside works", said), (
+            f"{tree}: {said}"
         )
         adapter.detach()
         before.restored(model)

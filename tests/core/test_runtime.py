@@ -1,6 +1,7 @@
 """How deltas run beside what others do to a module: hooks, patches, layers read directly, slices, the onion."""
 
 import itertools
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -206,3 +207,53 @@ def test_a_slice_moves_its_own_rows(name: str, path: str) -> None:
     assert torch.equal(merged.index_select(dim, rows[1]), own.index_select(dim, rows[1]))
     adapter.unmerge()
     assert torch.equal(merged, own)
+
+
+class Attention(nn.Module):
+    """One head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.q_proj(x) @ self.k_proj(x).mT).softmax(-1)
+        out: Tensor = x + self.o_proj(weights @ self.v_proj(x))
+        return out
+
+
+class Feed(nn.Module):
+    """An MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.down_proj(self.up_proj(x).relu())
+        return out
+
+
+class Blocks(nn.Module):
+    """Blocks that run their children one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = [OrderedDict[str, nn.Module](attn=Attention(), mlp=Feed()) for _ in range(2)]
+        self.layers = nn.ModuleList(nn.Sequential(part) for part in parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_block_that_is_a_sequential() -> None:
+    """The deltas at it are one more child, which passes on what it gets."""
+    model, x = Blocks(), torch.randn(2, 5, 8)
+    want = model(x)
+    adapter = dt.attach(model, "loreft", r=2, head=None)
+    assert [site for _, site in adapter.deltas] == ["layers.0", "layers.1"]
+    assert not torch.allclose(model(x), want, atol=1e-3)
+    adapter.detach()
+    assert torch.equal(model(x), want)

@@ -243,3 +243,33 @@ def test_wrong_numbers(hyper: dict[str, Any], message: str) -> None:
 def test_no_step_is_left() -> None:
     with pytest.raises(ValueError, match="dense = 6 steps leave none of 6"):
         next(trained(dense=6))
+
+
+def test_a_file_trains_on_as_it_is(tmp_path: Path) -> None:
+    """Its entries stay, whatever `dense` says of the steps, and their values move; a resumable one too."""
+    *_, (_, _, adapter, _) = trained()
+    for resumable in (False, True):
+        adapter.save(tmp_path, resumable=resumable)
+        for n_steps in (6, 2):
+            model = Small()
+            loaded = dt.load(model, tmp_path, trainable=True)
+            optimizer, schedule = torch.optim.AdamW(loaded.groups(0.01)), loaded.schedule
+            schedule.begin(optimizer, n_steps)
+            for step in range(n_steps):
+                (model(rows(step)) - 0.3).square().mean().backward()
+                schedule.before_step(step)
+                optimizer.step()
+                schedule.after_step(step)
+                optimizer.zero_grad()
+            schedule.end()
+            for key, d in loaded.deltas.items():
+                before = adapter.deltas[key]
+                assert torch.equal(d.index, before.index) and (
+                    not len(d.values) or bool((d.values != before.values).all())
+                )
+
+
+def test_one_budget() -> None:
+    adapter = dt.attach(Small(), dt.DiffPruning(where={"linear": {"keep": 0.3}, "norm": {}}), head=None)
+    with pytest.raises(ValueError, match="diff_pruning has one keep for all its sites"):
+        adapter.schedule.begin(torch.optim.SGD(adapter.groups(0.1)), 9)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, Phi3Config, Phi3Model
 
 import deltatune as dt
+from deltatune.core.ragged import refill
 
 SIZES = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
 N_STEPS, PRIME, KEEP, LR = 6, 2, 0.3, 1e-2
@@ -175,6 +176,64 @@ def test_accumulation_changes_nothing(arch: str) -> None:
         torch.testing.assert_close(a.w, b.w, rtol=1e-7, atol=1e-9)
 
 
+class Wide(nn.Linear):
+    """A layer whose output is fp32 under autocast too, as some quantised ones are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_bf16(arch: str) -> None:
+    """A base in bf16, autocast, and layers in it that stay fp32: as the whole in fp32, roughly."""
+    *_, (_, _, trained, _) = ours(arch)
+    ids = torch.randint(1, 30, (6, 5), generator=torch.Generator().manual_seed(9))
+    found = []
+    for how in ("fp32", "autocast", "fp32 layers in it", "bf16"):
+        model = base(arch).to(torch.bfloat16 if how == "bf16" else torch.float32).eval()
+        for name, module in model.named_modules():
+            if how == "fp32 layers in it" and name.endswith(tuple(WIDENING[arch])) and "attention" not in name:
+                module.__class__ = Wide
+        adapter = dt.attach(model, "far", head=None)
+        for key, d in adapter.deltas.items():
+            for slot in ("nodes", *dict(d.named_parameters())):
+                refill(d, slot, getattr(trained.deltas[key], slot).detach())
+        assert all(p.dtype == torch.float32 for p in adapter.parameters())
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled="fp32" != how != "bf16"):
+            found.append(model(input_ids=ids).last_hidden_state.detach())
+    for out in found[1:]:
+        torch.testing.assert_close(out.float(), found[0], rtol=0, atol=0.1)
+    assert found[-1].dtype == torch.bfloat16
+
+
+def test_a_file_trains_on_with_its_nodes(tmp_path: Path) -> None:
+    """They are not cut a second time, and steps may be few."""
+    *_, (_, _, adapter, _) = ours("bert")
+    adapter.save(tmp_path)
+    for n_steps in (N_STEPS, PRIME):
+        model = base("bert")
+        loaded = dt.load(model, tmp_path, trainable=True)
+        optimizer, schedule = torch.optim.AdamW(loaded.groups(LR)), loaded.schedule
+        schedule.begin(optimizer, n_steps)
+        for step in range(n_steps):
+            loss(model, step).backward()
+            schedule.before_step(step)
+            optimizer.step()
+            schedule.after_step(step)
+            optimizer.zero_grad()
+        for key, d in loaded.deltas.items():
+            assert torch.equal(d.nodes, adapter.deltas[key].nodes) and not torch.equal(d.w, adapter.deltas[key].w)
+
+
+def test_one_priming_and_one_share_of_an_mlp() -> None:
+    for key, values in (("prime", (0.1, 0.2)), ("keep", (0.1, 0.2))):
+        where = {place: {key: value} for place, value in zip(("mlp.up", "mlp.down"), values, strict=True)}
+        adapter = dt.attach(base("bert"), "far", where=where, head=None)
+        with pytest.raises(ValueError, match=f"far has one {key} for all its sites, not 0.1 at encoder.layer.0.inter"):
+            adapter.schedule.begin(torch.optim.SGD(adapter.parameters()), 9)
+
+
 def test_refusals() -> None:
     for key, value in (("keep", 0.0), ("keep", 1.5), ("prime", -1.0)):
         with pytest.raises(ValueError, match=f"far: {key} = {value}, but"):
@@ -186,5 +245,9 @@ def test_refusals() -> None:
     delta.check_ragged(good)
     with pytest.raises(ValueError, match="nodes must ascend within the 20"):
         delta.check_ragged(good | {"nodes": torch.tensor([4, 1], dtype=torch.int32)})
-    with pytest.raises(ValueError, match="does not hold 2 nodes of width 8"):
-        delta.check_ragged(good | {"w": torch.zeros(3, 8)})
+    for wrong in (
+        {"w": torch.zeros(3, 8)}, {"w": torch.zeros(2)}, {"d": torch.zeros(3)}, {"d": torch.zeros(2, 2)},
+        {"nodes": good["nodes"][:, None]}, {"nodes": good["nodes"].long()},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="are no nodes of width 8"):
+            delta.check_ragged(good | wrong)

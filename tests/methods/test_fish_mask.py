@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import deltatune as dt
 from deltatune.core.calibrate import Gradients, collect
@@ -130,6 +137,16 @@ def test_drawn_labels_of_a_decoder_are_its_next_tokens() -> None:
     other = dt.attach(two, "fish_mask", where="q", labels="drawn", keep=0.1)
     with pytest.raises(ValueError, match='labels="drawn" needs labels that are classes, one for each answer; T5'):
         other.calibrate([{"input_ids": ids, "labels": labels[:, :3]}])
+
+
+def test_a_value_has_no_other_label_to_draw() -> None:
+    """Not even where it is a whole number: one logit is always the answer."""
+    model = BertForSequenceClassification(BertConfig(
+        vocab_size=12, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=1,
+    ))  # fmt: skip
+    adapter = dt.attach(model, "fish_mask", where="q", labels="drawn")
+    with pytest.raises(ValueError, match="needs labels that are classes"):
+        adapter.calibrate([{"input_ids": torch.arange(6)[None], "labels": torch.tensor([3])}])
 
 
 def test_examples_are_counted_and_come_one_by_one() -> None:

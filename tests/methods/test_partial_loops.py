@@ -51,9 +51,6 @@ def test_trainer_and_loop_agree(method: str, n_micro: int, tmp_path: Path) -> No
     )  # fmt: skip
     trainer = AdapterTrainer(model, options, train_dataset=rows())
     trainer.remove_callback(PrinterCallback)
-    trainer.model_accepts_loss_kwargs = (
-        False  # BERT's loss is a mean, which transformers else takes for a sum over n_micro
-    )
     trainer.train()
     model, by_hand = attached(method)
     optimizer = torch.optim.AdamW(by_hand.groups(LR))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
 import deltatune as dt
+from deltatune.core import files
 from deltatune.methods.sparse import Sparse
 
 FAMILY: dict[str, dict[str, Any]] = {"shira": {}, "fish_mask": {}, "sam": {}, "lt_sft": {}, "spt": {}}
@@ -162,14 +163,18 @@ def test_a_layer_too_large_for_its_index() -> None:
         dt.attach(model, "fish_mask", where=["it"])
 
 
-@pytest.mark.parametrize("wrong", ["order", "range", "length", "dtype", "factors"])
-def test_a_file_that_does_not_fit_is_refused(wrong: str, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
+WRONG = {
+    "order": "index must ascend within the 4160", "range": "index must ascend within the 4160",
+    "length": r"index \(20,\) and values \(21,\) are no list", "dtype": r"index \(21,\) and values \(21,\) are no list",
+    "factors": r"a \(2, 64\) and b \(64, 0\) are no factors of \(64, 64\)",
+}  # fmt: skip
 
-    model = base()
-    adapter = dt.attach(model, "spt", where="q", head=None)
-    adapter.save(tmp_path)
-    tensors = load_file(tmp_path / "adapter.safetensors")
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_file_that_does_not_fit_is_refused(wrong: str, tmp_path: Path) -> None:
+    """By what is in it: its hash is right."""
+    dt.attach(base(), "spt", where="q", head=None).save(tmp_path)
+    card, tensors = files.read_adapter(tmp_path)
     index = next(n for n in tensors if n.endswith(".index"))
     if wrong == "order":
         tensors[index] = tensors[index].flip(0)
@@ -181,6 +186,49 @@ def test_a_file_that_does_not_fit_is_refused(wrong: str, tmp_path: Path) -> None
         tensors[index] = tensors[index].long()
     else:
         tensors[index.replace(".index", ".a")] = torch.zeros(2, 64)
-    save_file(tensors, tmp_path / "adapter.safetensors")
-    with pytest.raises(ValueError):
-        dt.load(base(), tmp_path)
+    files.write_adapter(tmp_path, card, tensors)
+    model = base()
+    with pytest.raises(ValueError, match=WRONG[wrong]):
+        dt.load(model, tmp_path)
+    assert not dt.adapters(model)
+
+
+MIXED: dict[str, tuple[Any, Any]] = {
+    "fish_mask n_samples": (1, 2), "fish_mask labels": ("true", "drawn"), "sam burn_in": (1, 2), "sam clip": (0.0, 1.0),
+    "spt n_batches": (1, 2), "lt_sft iterations": (1, 2), "lt_sft dense": (0.4, 0.5), "lt_sft l1_sparse": (0.0, 1.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MIXED)
+def test_one_course_for_all_sites(what: str) -> None:
+    """What is one number for the whole adapter cannot be two; the share is each layer's own."""
+    method, key = what.split()
+    where = {
+        place: {key: value, "keep": 0.1 * i} for i, (place, value) in enumerate(zip("qv", MIXED[what], strict=True), 1)
+    }
+    adapter = dt.attach(base(), method, where=where)
+    schedules, optimizer = dt.Schedules([adapter]), torch.optim.SGD(adapter.parameters())
+    begin = schedules.begin if method == "lt_sft" else lambda *_: adapter.calibrate([batch(0)])
+    with pytest.raises(ValueError, match=f"adapter 'default': {method} has one {key} for all its sites, not"):
+        begin(optimizer, 9)
+
+
+@pytest.mark.parametrize("method", ["fish_mask", "sam", "spt"])
+def test_no_mask_of_what_is_no_number(method: str) -> None:
+    adapter = dt.attach(base(), method)
+    with pytest.raises(ValueError, match=r"calibrate: the gradients of 0\|bert.* are not finite"):
+        adapter.calibrate([batch(0)], lambda m, b: m(**b).loss * float("inf"))
+    adapter.disable()
+    with pytest.raises(ValueError, match=r"calibrate: the loss does not depend on 0\|bert"):
+        adapter.calibrate([batch(0)])
+
+
+@pytest.mark.parametrize("method", ["fish_mask", "sam"])
+def test_batch_norms_stay(method: str) -> None:
+    """A burn-in is a forward in training mode, which counts no batch."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2)).train()
+    adapter = dt.attach(model, method, where=["0", "3"], keep=0.2)
+    before = {n: t.clone() for n, t in model.named_buffers() if "deltas" not in n}
+    x = torch.randn(8, 3, 4, 4)
+    adapter.calibrate([{"x": x}], lambda m, b: m(b["x"].expand(max(2, len(b["x"])), -1, -1, -1)).square().mean())
+    assert len(before) == 3 and all(torch.equal(model.get_buffer(n), t) for n, t in before.items())

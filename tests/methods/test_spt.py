@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import deltatune as dt
+from deltatune.methods.sparse import deltas_of, opened
 from deltatune.methods.spt import chosen
 
 MAKE = runpy.run_path(str(Path(__file__).resolve().parent.parent / "golden" / "make_spt.py"))
@@ -143,3 +144,17 @@ BAD = [({"ratio": 0.0}, r"ratio = 0\.0"), ({"n_batches": 0}, "n_batches = 0"), (
 def test_bad_hyperparameters(hyper: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         attached(Summed(), **hyper)
+
+
+def test_choosing_seeds_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The updates are drawn on the CPU; a GPU's generator, which draws the training's dropout, is not set back."""
+    adapter = attached(Summed(), keep=0.1)
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    schedule: Any = adapter.schedule
+    with opened(deltas_of(schedule)) as values:
+        scores = {name: torch.rand(v.shape) for name, v in values.items()}
+    before = torch.get_rng_state()
+    schedule.choose(scores)
+    assert torch.equal(torch.get_rng_state(), before) and not seeded
+    assert any(d.a.numel() for d in deltas_of(schedule).values())

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import deltatune as dt
+from deltatune.methods.first_order import best
 
 N_STEPS = 9
 HYPER: dict[str, Any] = {"keep": 0.2, "search": 6, "rounds": 3}
@@ -147,6 +148,63 @@ def test_accumulation_changes_nothing(method: str) -> None:
         assert method == "s_bitfit" or torch.equal(a.index, b.index)
 
 
+@pytest.mark.parametrize("method", ["u_bitfit", "s_bitfit"])
+def test_a_file_trains_on_as_it_is(method: str, tmp_path: Path) -> None:
+    """What was found before is neither pruned again nor started anew, resumed or not; and steps may be few."""
+    *_, (_, _, adapter, _) = ours(method)
+    adapter.save(tmp_path)
+    want = [d.d.detach().clone() for d in adapter.deltas.values()]
+    for n_steps, cut in ((N_STEPS, 3), (3, 1)):
+        state: dict[str, Any] = {}
+        model = base()
+        loaded = dt.load(model, tmp_path, trainable=True)
+        for first in (0, cut):
+            schedule, optimizer = loaded.schedule, torch.optim.SGD(loaded.groups(0.0))
+            if first:
+                schedule.load_state_dict(state)
+            schedule.begin(optimizer, n_steps)
+            for step in range(first, cut if not first else n_steps):
+                loss(model, step).backward()
+                schedule.before_step(step)
+                schedule.after_step(step)
+            state = schedule.state_dict()
+        for d, values in zip(loaded.deltas.values(), want, strict=True):
+            assert torch.equal(d.d, values)
+            assert method == "s_bitfit" or torch.equal(d.index, adapter.deltas["0", d.site.name].index)
+
+
+@pytest.mark.parametrize("method", ["u_bitfit", "s_bitfit"])
+def test_a_step_that_overflowed_scores_nothing(method: str) -> None:
+    """GradScaler leaves such a step out; the choice is that of the other steps' scores."""
+    model = base()
+    adapter = dt.attach(model, method, keep=0.2, search=4, rounds=1, head=None)
+    optimizer, schedule = torch.optim.AdamW(adapter.groups(LR)), adapter.schedule
+    schedule.begin(optimizer, N_STEPS)
+    scores = {key: torch.zeros_like(d.d) for key, d in schedule.deltas().items()}
+    for step in range(4):
+        loss(model, step).backward()
+        for key, d in schedule.deltas().items():
+            scores[key] += (d.d * d.d.grad).abs().detach() * (step != 2)
+            d.d.grad.mul_(float("inf") if step == 2 else 1.0)
+        schedule.before_step(step)
+        if step != 2:
+            optimizer.step()
+        schedule.after_step(step)
+        optimizer.zero_grad()
+    sizes = {key: len(s) if method == "s_bitfit" else 1 for key, s in scores.items()}
+    want = best({key: (s.view(-1, sizes[key]).mean(1), sizes[key]) for key, s in scores.items()}, 5)
+    for key, d in schedule.deltas().items():
+        assert len(d.d) == int(want[key].sum()) * sizes[key]
+        assert method == "s_bitfit" or d.index.tolist() == want[key].nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("method", ["u_bitfit", "s_bitfit"])
+def test_a_round_before_anything_moved_prunes_nothing(method: str) -> None:
+    """d begins at 0, and so do its scores: the first of four rounds of a step each has nothing to go by."""
+    sizes = [adapter.params() for _, _, adapter, _ in ours(method, search=4, rounds=4)]
+    assert sizes[0] == 25 > sizes[1] and sizes[-1] <= 6
+
+
 def test_a_search_of_no_step_prunes_nothing() -> None:
     *_, (_, _, adapter, _) = ours("u_bitfit", search=0)
     assert adapter.params() == 25
@@ -166,7 +224,7 @@ def test_wrong_numbers(key: str, value: float) -> None:
 
 def test_one_budget() -> None:
     adapter = dt.attach(base(), dt.UBitFit(where={"linear": {"keep": 0.3}, "norm": {}}), head=None)
-    with pytest.raises(ValueError, match="u_bitfit: one budget is for all biases"):
+    with pytest.raises(ValueError, match=r"u_bitfit has one keep for all its sites, not 0\.3 at 0 and 0\.1 at 2"):
         adapter.schedule.begin(torch.optim.SGD(adapter.parameters()), 9)
 
 
