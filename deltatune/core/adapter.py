@@ -484,8 +484,8 @@ def _n_trained(adapter: Adapter, tree: Tree, state: Mapping[str, Tensor]) -> int
             if not slot.shared:  # a site may not have it at all
                 n += held.numel() if slot.train and held is not None else 0
             elif slot.train:
-                if leaf.method is type(delta):
-                    shape = tuple(getattr(delta.exact, key).shape)
+                if key in delta.__dict__["_bank"][1]:
+                    shape = tuple(delta.bank_parameter(key).shape)
                 else:
                     shape = shapes.sizes(slot.shape, delta.dims(base.Base(adapter.model, delta.site)))
                 shared[delta.bank_key(key, slot, shape)] = math.prod(shape)

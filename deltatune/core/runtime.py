@@ -247,6 +247,7 @@ class Inside:
         self.module, self.forward, self.inner, self.within = module, forward, inner, within
         self.rest, self.kwargs, self.changes = rest, kwargs, changes
         self.tail: tuple[Any, ...] | None = None
+        self.taps = [(d, d.frame.stash[d.tap]) for d in within if d.tap and d.tap in d.frame.stash]
 
     def __call__(self, x: Tensor, given: dict[str, Any] | None = None, change: Change | None = None) -> Tensor:
         """The layer and all inside on `x`; `given` are its other arguments by name, instead of those of the call.
@@ -254,6 +255,8 @@ class Inside:
         `change(x, layer)` gives what the layer itself gets, behind the changes of all inside; `layer` is the layer alone.
         """
         rest, kwargs = (self.rest, self.kwargs) if given is None else ((), given)
+        for delta, left in self.taps:  # what a span's entry left, for each run that ends at its exit
+            delta.frame.stash[delta.tap] = left
         changes = self.changes if change is None else (change, *self.changes)
         y = _onion(self.module, self.forward, self.inner, self.within, rest, kwargs, x, changes)
         if isinstance(y, tuple):
