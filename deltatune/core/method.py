@@ -466,7 +466,7 @@ class Method(Delta):
     @classmethod
     def mergeable(cls) -> bool:
         """Can it be folded into the weight?"""
-        return cls.has_fold
+        return bool(cls.has_fold)
 
     @classmethod
     def count(cls) -> str:

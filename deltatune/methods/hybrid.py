@@ -1,8 +1,11 @@
 """Trees with a name: methods that a paper made of others, and well-known settings of one."""
 
+from typing import Any
+
 from ..core.compose import Stack, Sum, Tree, preset
 from .baseline import Copy
 from .bottleneck import Parallel, Sequential
+from .mam_pruning import SParallel, SPrefix, UParallel, UPrefix
 from .prefix import PrefixTuning
 from .rescale import Hadamard
 
@@ -22,6 +25,46 @@ def mam(
 ) -> Tree:
     """A prefix of n keys and values in every attention, and s A(x) of width r beside every MLP."""
     return Sum(PrefixTuning(n=n, mid=mid), Parallel(r=r, scale=scale))
+
+
+@preset(
+    "u_mam",
+    paper="2305.16597",
+    category="hybrid",
+    lr=(1e-4, 5e-3),
+    exceptions={"identity": "a prefix takes a share of the attention from the start"},
+)
+def u_mam(
+    n: int = 16,  # length of the prefix
+    r: int = 16,  # width of the parallel adapters before the pruning
+    scale: float = 2.0,  # s
+    keep: float = 0.1,  # share of the entries that is left, of prefixes and adapters together
+    search: float = 0.5,  # steps that train and prune; below 1 a share of all
+    rounds: int = 5,  # of pruning, each to the same share of what the last one left
+) -> Tree:
+    """MAM's prefix and adapters, of which single entries of largest |w dL/dw| stay: the rest is pruned while training."""
+    course: dict[str, Any] = {"keep": keep, "search": search, "rounds": rounds}
+    return Sum(UPrefix(n=n, **course), UParallel(r=r, scale=scale, **course))
+
+
+@preset(
+    "s_mam",
+    paper="2305.16597",
+    category="hybrid",
+    lr=(1e-4, 5e-3),
+    exceptions={"identity": "a prefix takes a share of the attention from the start"},
+)
+def s_mam(
+    n: int = 16,  # length of the prefix before the pruning
+    r: int = 16,  # width of the parallel adapters before the pruning
+    scale: float = 2.0,  # s
+    keep: float = 0.1,  # share of the entries that is left, of prefixes and adapters together
+    search: float = 0.5,  # steps that train and prune; below 1 a share of all
+    rounds: int = 5,  # of pruning, each to the same share of what the last one left
+) -> Tree:
+    """MAM's prefix and adapters, of which the rows and ranks of largest mean |w dL/dw| stay: the rest is pruned while training."""
+    course: dict[str, Any] = {"keep": keep, "search": search, "rounds": rounds}
+    return Sum(SPrefix(n=n, **course), SParallel(r=r, scale=scale, **course))
 
 
 @preset(

@@ -1,6 +1,8 @@
 """Unified methods: one idea over the tensors of other methods."""
 
 import math
+import zlib
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -19,26 +21,40 @@ class ProPELT(Method):
 
     Written in front of a method it makes prototypes under masks of its matrices, and shares its vectors as they are. The
     file holds the prototypes and one bit for each masked entry, and loads with `masks="fixed"`.
+
+    With `n_tasks` above 1 a row's mask is m_l or m_t, m_t of its task and the same in all layers: L + T masks for L layers
+    and T tasks. The rows' tasks are the call's `task_ids`; `adapter.set(task=t)` runs all rows as one, and then it merges.
     """
 
     paper = "2305.17682"
     category = "unified"
+    reads = ("task_ids",)
+    live = ("task",)
     fan: ClassVar[int] = -1  # the dimension of a matrix whose size sets the spread of its scores
     score_lr: ClassVar[float] = 1.0  # learning rate of the scores, as a multiple
     keep: float = 0.5  # share of the entries that a mask keeps
     masks: Literal["trained", "fixed"] = "trained"  # fixed, as in a finished file: the prototypes alone train
+    n_tasks: int = 1  # how many tasks
+    combine: Literal["or", "and", "add", "each"] = (
+        "or"  # of layer and task: either, both, their sum, or a mask for each pair
+    )
+    task: int | None = None  # the task of all rows; None: the call's
 
     def __init_subclass__(cls, name="", **kwargs):
         super().__init_subclass__(name=name, **kwargs)
         for key, slot in cls.slots.items():
             if not slot.shared:
                 setattr(cls, key, property(partial(_masked if _is_matrix(slot) else shared_tensor, key)))
+        if cls.has_fold:  # a weight for each task is none for all rows
+            cls.has_fold = property(lambda self: self.n_tasks == 1 or self.task is not None)
 
     @classmethod
     def configure(cls, **hyper):
         config = super().configure(**hyper)
         if not 0 < config.keep <= 1:
             raise ValueError(f"{cls.name}: keep = {config.keep}, but a share lies above 0 and not above 1")
+        if config.task is not None and not 0 <= config.task < config.n_tasks:
+            raise ValueError(f"{cls.name}: task = {config.task}, but it has the tasks 0 to {config.n_tasks - 1}")
         return config
 
     @classmethod
@@ -52,22 +68,80 @@ class ProPELT(Method):
 
     @classmethod
     def mask_slots(cls, key, shape, config):
-        """The scores of one masked tensor, or the mask itself where it is fixed."""
-        size = shape.replace(" ", "*")
+        """The scores of one masked tensor, of its layer and of the tasks, or the masks themselves where they are fixed."""
+        many, size = config.n_tasks > 1, shape.replace(" ", "*")
+        both = many and config.combine != "each"  # a mask of the layer and one of the task
+        lead = "n_tasks " if many and not both else ""
         if config.masks == "fixed":
-            return {f"{key}bits": fixed(f"({size}+7)//8", partial(_random_bits, size))}
-        return {f"{key}score": param(shape, partial(_scores, cls.fan), lr="score_lr")}
+            packed, drawn = f"({size}+7)//8", partial(_random_bits, size)
+            found = {f"{key}bits": fixed(f"{lead}{packed}", drawn)}
+            return found | ({f"{key}task_bits": bank(f"n_tasks {packed}", drawn, by="role")} if both else {})
+        found = {f"{key}score": param(f"{lead}{shape}", partial(_scores, cls.fan, bool(lead)), lr="score_lr")}
+        of_tasks = bank(f"n_tasks {shape}", partial(_scores, cls.fan, True), train=True, by="role", lr="score_lr")
+        return found | ({f"{key}task_score": of_tasks} if both else {})
 
-    def mask(self, key, shape):
-        """The 0 and 1 of one masked tensor."""
+    def bank_key(self, key, slot, shape):
+        return super().bank_key(key, replace(slot, train=True), shape)  # the tasks' bits too are each leaf's own
+
+    def build(self, base, dtype):
+        if self.n_tasks < 1:
+            raise ValueError(f"n_tasks = {self.n_tasks}, but it must be at least 1")
+        self.reads_call = self.n_tasks > 1
+        shared, _ = self.__dict__["_bank"]
+        # a bank draws what is fixed from its seed and no file holds it; masks are held
+        held = {key: slot for key, slot in self.slots_of(self.config).items() if slot.shared and not slot.train}
+        for key, slot in held.items():
+            at = self.bank_key(key, slot, shape := shapes.sizes(slot.shape, self.dims(base)))
+            if at not in shared._buffers:
+                with torch.random.fork_rng(devices=()):
+                    torch.default_generator.manual_seed(zlib.crc32(at.encode()) ^ shared.seed)
+                    shared.register_buffer(at, slot.init(shape, base=base, delta=self))
+        super().build(base, dtype)
+
+    def rows(self, x):
+        """(B), the tasks of the rows of x where each has its own; None where all have one."""
+        return None if self.n_tasks == 1 or self.task is not None else self.tasks(len(x), x.device)
+
+    def of(self, key, x):
+        """The prototype under its mask, in x's dtype; under each row's, (B, ...), where rows have tasks."""
+        own = self.exact
+        prototype = shared_tensor(key, own)
+        return (prototype * own.mask(f"{key}_", prototype.shape, self.rows(x))).to(x.dtype)
+
+    def mask(self, key, shape, rows=None):
+        """The 0 and 1 of one masked tensor, or (B, ...) of the tasks of the rows; where they are added, also 2."""
+        pick = self.task if rows is None else rows
+        if self.n_tasks == 1:
+            return self.read(key, shape)
+        if self.combine == "each":
+            return self.read(key, shape, self.n_tasks)[pick]
+        of_layer, of_task = self.read(key, shape), self.read(f"{key}task_", shape, self.n_tasks)[pick]
+        if self.combine == "or":
+            return 1 - (1 - of_layer) * (1 - of_task)
+        return of_layer * of_task if self.combine == "and" else of_layer + of_task
+
+    def read(self, key, shape, n=0):
+        """One mask, or n of them."""
+        name = f"{key}{'bits' if self.masks == 'fixed' else 'score'}"
+        held = self.bank_parameter(name) if key.endswith("task_") else getattr(self, name)
         if self.masks == "fixed":
-            return bits.unpack(getattr(self, f"{key}bits"), shape)
-        return bits.straight_through(getattr(self, f"{key}score"), self.keep)
+            found = [bits.unpack(one, shape).float() for one in (held if n else held[None])]
+        else:
+            found = [bits.straight_through(one, self.keep) for one in (held if n else held[None])]
+        return torch.stack(found) if n else found[0]
 
     def finished(self, leaf):
-        scores = dict(self.named_parameters())
-        packed = {k.removesuffix("score") + "bits": bits.pack(bits.top(s, self.keep)) for k, s in scores.items()}
-        return (leaf.changed(masks="fixed"), packed) if self.masks == "trained" else super().finished(leaf)
+        slots = self.slots_of(self.config)
+        if self.masks == "fixed":
+            shared = {key: self.bank_parameter(key) for key, slot in slots.items() if slot.shared and not slot.train}
+            return leaf, self.state_dict() | shared
+        packed = {}
+        for key in (key for key in slots if key.endswith("score")):
+            held = self.bank_parameter(key) if slots[key].shared else getattr(self, key)
+            many = slots[key].shape.startswith("n_tasks ")
+            made = [bits.pack(bits.top(one, self.keep)) for one in (held if many else held[None])]
+            packed[f"{key.removesuffix('score')}bits"] = torch.stack(made) if many else made[0]
+        return leaf.changed(masks="fixed"), packed
 
 
 def _is_matrix(slot: Slot) -> bool:
@@ -79,14 +153,24 @@ def _masked(key: str, delta: ProPELT) -> Tensor:
     return prototype * delta.mask(f"{key}_", prototype.shape)
 
 
-def _scores(fan, shape, **_):
-    bound = 1 / math.sqrt(shape[fan] if fan is not None else torch.Size(shape).numel())
+def _scores(fan, many, shape, **_):
+    own = shape[1:] if many else shape
+    bound = 1 / math.sqrt(own[fan] if fan is not None else torch.Size(own).numel())
     return torch.empty(shape).uniform_(-bound, bound)
 
 
 def _random_bits(size, shape, *, base, delta, **_):
     (n,) = shapes.sizes(size, delta.dims(base))
-    return bits.pack(bits.top(torch.rand(n), delta.keep))
+    many = [bits.pack(bits.top(torch.rand(n), delta.keep)) for _ in range(shape[0] if len(shape) > 1 else 1)]
+    return torch.stack(many) if len(shape) > 1 else many[0]
+
+
+def each(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` of rows x (B, ..., I), each with its own weight where that is (B, O, I)."""
+    if weight.ndim == 2:
+        return F.linear(x, weight, bias)
+    y = (x.reshape(len(x), -1, x.shape[-1]) @ weight.mT).view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
 
 
 class ProPELTAdapter(ProPELT, bottleneck.Sequential, name="propelt"):
@@ -101,6 +185,10 @@ class ProPELTAdapter(ProPELT, bottleneck.Sequential, name="propelt"):
     down: Tensor = param("r d_out", normal(0.02))
     up: Tensor = param("d_out r", normal(0.02))
 
+    def mlp(self, h, dropout=0.0):
+        u = getattr(F, self.f)(each(h, self.of("down", h), self.down_bias))
+        return each(F.dropout(u, dropout, self.training), self.of("up", h), self.up_bias)
+
 
 class ProPELTLoRA(ProPELT, lora.LoRA, name="propelt_lora"):
     """W' = W + (alpha / r) B_l A_l, one A and one B for all layers, for q and v apart, under the masks of layer l."""
@@ -111,6 +199,14 @@ class ProPELTLoRA(ProPELT, lora.LoRA, name="propelt_lora"):
     r: int = 32  # rank
     alpha: float = 48.0  # scale of the update, divided by r^power
     keep: float = 0.1  # share of the entries that a mask keeps
+
+    def post(self, y, x):
+        h = each(F.dropout(x, self.dropout, self.training), self.of("a", x))
+        y = y + self.scale * each(h, self.of("b", x))
+        return y + self.d if self.bias else y
+
+    def linear(self, x, base):
+        return lora.LoRA.linear(self, x, base) if self.rows(x) is None else self.post(base(x), x)
 
 
 class ProPELTPrefix(ProPELT, name="propelt_prefix"):
@@ -152,6 +248,6 @@ class ProPELTPrefix(ProPELT, name="propelt_prefix"):
 
     def kv(self, key, value):
         made = self.exact.made()  # the network in fp32: what is saved is what was trained
-        made = made * self.exact.mask("", made.shape)
-        k, v = made.view(self.n, 2, self.site.n_kv_heads, self.site.d_head).permute(1, 2, 0, 3)
-        return k[None], v[None]
+        made = made * self.exact.mask("", made.shape, self.rows(key))
+        k, v = made.view(-1, self.n, 2, self.site.n_kv_heads, self.site.d_head).permute(2, 0, 3, 1, 4)
+        return k, v

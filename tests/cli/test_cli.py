@@ -21,6 +21,13 @@ def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
     return code, out.out, out.err
 
 
+def model_of(backbone: str) -> Any:
+    """The base of the runs below."""
+    from deltatune.train.backbone import load_classifier
+
+    return load_classifier(backbone, ("down", "up"))[0]
+
+
 def train(backbone: str, reviews: Path, out: Path, *more: str) -> int:
     return main(["train", "--model", backbone, "--data", str(reviews), "--out", str(out), *QUICK, *more])
 
@@ -102,6 +109,25 @@ def test_train_merge_export(capsys: pytest.CaptureFixture[str], backbone: str, r
     base, _ = load_classifier(backbone, ("down", "up"))
     dt.load(base, tmp_path / "peft")
     assert torch.allclose(model(**batch).logits, base(**batch).logits, atol=1e-5)
+    more = ["--method", "ties_svd", "--density", "0.5", "--weights=1,-0.5", "--rank", "4", "--head", "1"]
+    code, said, _ = run(
+        capsys, "combine", str(out), str(tmp_path / "run2" / "adapter"), *more, "--out", str(tmp_path / "both")
+    )
+    words = " ".join(said.split())  # a long path is wrapped
+    assert code == 0 and "by ties_svd of 2 adapters" in words and "is left out" in words
+    both = [out / "adapter", tmp_path / "run2" / "adapter"]
+    want = dt.combine(model_of(backbone), both, [1, -0.5], "ties_svd", density=0.5, rank=4, head=1).state_dict()
+    got = dt.load(model_of(backbone), tmp_path / "both").state_dict()
+    assert got.keys() == want.keys() and all(torch.equal(t, want[key]) for key, t in got.items())
+    for wrong, text in (
+        ("--weights=1,b", "numbers with commas"),
+        ("--weights=1", "1 weights for 2"),
+        ("--rank=4", "no rank"),
+    ):
+        code, _, err = run(capsys, "combine", *map(str, both), "--model", backbone, wrong, "--out", str(tmp_path / "x"))
+        assert code == 2 and text in err
+    code, _, err = run(capsys, "combine", *map(str, both), "--out", str(tmp_path / "x"))
+    assert code == 2 and "give --model" in err
     code, _, err = run(capsys, "export", str(out), "--out", str(tmp_path / "merge"))
     assert code == 2 and "not an empty folder" in err
     code, _, err = run(capsys, "export", str(out), "--out", str(tmp_path / "x"), "--format", "mergd")

@@ -33,6 +33,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora_sp": {"r": 4},
     "u_bitfit": {"keep": 0.2, "search": 6, "rounds": 3},
     "s_bitfit": {"keep": 0.2, "search": 6, "rounds": 3},
+    "u_mam": {"n": 3, "r": 4, "keep": 0.2, "search": 6, "rounds": 3},
+    "s_mam": {"n": 3, "r": 4, "keep": 0.2, "search": 6, "rounds": 3},
     "diff_pruning": {"keep": 0.05, "dense": 4, "penalty": 1e-3, "start": 1.0, "gate_lr": 20.0},
     "far": {"keep": 0.3, "prime": 3},
     "shira": {"keep": 0.1},
@@ -43,6 +45,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "oft": {"block": 4, "eps": 0.05},
     "pissa": {"r": 4, "dropout": 0.1},
     "lora_plus": {"r": 4, "bias": True},
+    "adamix": {"r": 4, "n_experts": 3},
+    "sparse_adapter": {"r": 4, "keep": 0.3},
+    "adamix_lora": {"r": 4, "n_experts": 3, "consistency": 10.0},
     "lora_fa": {"r": 4, "corrected": True},
 }
 

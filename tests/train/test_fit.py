@@ -36,7 +36,9 @@ SMALL = {
 ON_TEXT = [
     name
     for name, m in {**METHODS, **PRESETS}.items()
-    if name not in ("copy", "vpt", "verbaliser", "xattn") and "toy" not in name and not (m.sources and m.needs_sources)
+    if name not in ("copy", "vpt", "verbaliser", "xattn", "adamix_lora")
+    and "toy" not in name
+    and not (m.sources and m.needs_sources)
 ]
 
 
