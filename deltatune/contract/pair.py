@@ -66,6 +66,7 @@ def _process(rank: int, folder: str, jobs: list[Job], seed: int) -> None:
         (Path(folder) / "found.json").write_text(json.dumps(found), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may still run, and a process that ends around them now and then aborts
 
 
 def _equal(name: str, method: type[Method] | Preset, bed: str, dtype: torch.dtype, seed: int, folder: str) -> None:
