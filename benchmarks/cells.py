@@ -392,7 +392,7 @@ def _trained(job: Job, model: Any, tree: Tree, pad: webnlg.Pad, scratch: Path) -
             torch.cuda.reset_peak_memory_stats()
         torch.manual_seed(job.seed)
         adapter = dt.attach(model, tree, head=None)
-        n_trainable, curve, step_ms, rate = adapter.params(), [], 0.0, 0.0
+        curve, step_ms, rate = [], 0.0, 0.0
         if any(p.requires_grad for p in adapter.parameters()):
             plan = Plan(n_steps=job.size.n_steps, batch=job.size.batch, lr=lr, seed=job.seed)
             fitted = fit(model, rows, pad, plan, progress=lambda *a: tell("train", *a))
@@ -406,7 +406,7 @@ def _trained(job: Job, model: Any, tree: Tree, pad: webnlg.Pad, scratch: Path) -
             adapter.save(scratch / f"{lr:g}")
             finite = [(s, round(x, 4) if math.isfinite(x) else None) for s, x in curve]
             found = {
-                "n_trainable": n_trainable,
+                "n_trainable": adapter.params(),
                 "lr": lr,
                 "curve": finite,
                 "step_ms": step_ms,
