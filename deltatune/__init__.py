@@ -36,8 +36,12 @@ from .methods.baseline import Copy as Copy
 from .methods.baseline import Full as Full
 from .methods.baseline import Head as Head
 from .methods.bayes import LaplaceLoRA as LaplaceLoRA
+from .methods.bi_adapter import BiAdapter as BiAdapter
+from .methods.bi_adapter import BiLoRA as BiLoRA
 from .methods.bias_pruning import SBitFit as SBitFit
 from .methods.bias_pruning import UBitFit as UBitFit
+from .methods.bitdelta import BitDelta as BitDelta
+from .methods.bitdelta import bitdelta_full as bitdelta_full
 from .methods.bottleneck import Parallel as Parallel
 from .methods.bottleneck import Residual as Residual
 from .methods.bottleneck import Sequential as Sequential
@@ -58,6 +62,7 @@ from .methods.hybrid import hadamard as hadamard
 from .methods.hybrid import mam as mam
 from .methods.hybrid import p_tuning_v2 as p_tuning_v2
 from .methods.hybrid import pfeiffer as pfeiffer
+from .methods.hybrid import s4 as s4
 from .methods.hybrid import s_mam as s_mam
 from .methods.hybrid import u_mam as u_mam
 from .methods.hyper import HyperFormer as HyperFormer
@@ -73,12 +78,14 @@ from .methods.kronecker import KronARes as KronARes
 from .methods.language import Invertible as Invertible
 from .methods.language import bad_x as bad_x
 from .methods.language import mad_x as mad_x
+from .methods.loftq import LoftQ as LoftQ
 from .methods.lora import DoRA as DoRA
 from .methods.lora import LoRA as LoRA
 from .methods.lora_starts import LoRAFA as LoRAFA
 from .methods.lora_starts import LoRAPlus as LoRAPlus
 from .methods.lora_starts import PiSSA as PiSSA
 from .methods.loreft import LoReFT as LoReFT
+from .methods.lq_lora import LQLoRA as LQLoRA
 from .methods.lt_sft import LTSFT as LTSFT
 from .methods.mam_pruning import SParallel as SParallel
 from .methods.mam_pruning import SPrefix as SPrefix
@@ -99,6 +106,10 @@ from .methods.prompt import PromptTuning as PromptTuning
 from .methods.prompt import PTuning as PTuning
 from .methods.prompt import PTuningMLP as PTuningMLP
 from .methods.prune import LoRAPrune as LoRAPrune
+from .methods.quantised import PEQA as PEQA
+from .methods.quantised import QALoRA as QALoRA
+from .methods.quantised import QDyLoRA as QDyLoRA
+from .methods.quantised import QLoRA as QLoRA
 from .methods.ranks import AdaLoRA as AdaLoRA
 from .methods.rescale import IA3 as IA3
 from .methods.rescale import SSF as SSF
@@ -142,6 +153,10 @@ from .methods.words import warp as warp
 from .methods.x_lora import XLoRA as XLoRA
 from .methods.xattn import XAttn as XAttn
 from .methods.xprompt import XPrompt as XPrompt
+from .quant import dequantise as dequantise
+from .quant import load_base as load_base
+from .quant import quantise as quantise
+from .quant import save_base as save_base
 from .version import VERSION as __version__
 
 _INTEGRATIONS["transformers"] = lambda: _importlib.import_module("deltatune.hf").install()

@@ -19,9 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from . import methods as _methods  # noqa: F401  fills the registry
-from .core.compose import PRESETS, Tree, placed, tree_from_dict, where_of
+from .core.compose import PRESETS, Tree, layers_of, placed, storage_of, tree_from_dict, where_of
 from .core.errors import unknown
-from .core.method import METHODS, Method, layer_numbers, named
+from .core.method import METHODS, Method, named
+from .core.sources import saved
 from .version import VERSION
 
 CONSOLE = Console()
@@ -103,7 +104,10 @@ def _method_args(parser: ArgumentParser, args: list[str], default: str) -> list[
         help=f"its place (default: {card.where})",
     )  # type: ignore[arg-type]
     parser.add_argument(
-        "--method.layers", type=int | list[int] | None, default=None, help="layer numbers; all by default"
+        "--method.layers",
+        type=int | list[int] | str | None,
+        default=None,
+        help="layer numbers, or a share of the depth such as 1/6-1/2; all by default",
     )  # type: ignore[arg-type]
     for key, (kind, default) in known.items():
         parser.add_argument(f"--method.{key}", type=kind, default=default, help=comments.get(key, ""))
@@ -133,10 +137,16 @@ def _config_of(args: list[str]) -> dict[str, Any]:
 
 
 def _tree(method: Any) -> Tree:
-    """The tree of a parsed `method`: a name with hyperparameters, or a node."""
+    """The tree of a parsed `method`: a name with hyperparameters, or a node, whose parts may be such, or `{saved: FOLDER}`."""
     data = method.as_dict() if hasattr(method, "as_dict") else dict(method)
     if "op" in data:
-        return tree_from_dict(data, METHODS)
+        return tree_from_dict(data, METHODS, _tree)
+    if "saved" in data:
+        if extra := sorted(data.keys() - {"saved", "frozen"}):
+            raise unknown("key of a saved adapter", extra[0], ("saved", "frozen"))
+        return saved(**{"folder": data["saved"], **{k: v for k, v in data.items() if k == "frozen"}})  # type: ignore[no-any-return]
+    if "name" not in data:
+        raise unknown("key of a tree", next(iter(data), "(none)"), ("op", "method", "name", "saved"))
     name, where, layers = (data.pop(k, None) for k in PLACE)
     where = where.as_dict() if isinstance(where, Namespace) else where
     card = named(name)  # type: ignore[arg-type]
@@ -146,7 +156,7 @@ def _tree(method: Any) -> Tree:
         raise ValueError(
             f"{name} is made of saved adapters, such as {card.sources}'s; give it --method.sources FOLDER,..."
         )
-    return placed(card(**data), where_of(where), layer_numbers(layers))
+    return placed(card(**data), where_of(where), layers_of(layers))
 
 
 def _plain(config: Namespace, drop: Sequence[str] = ("config",)) -> dict[str, Any]:
@@ -199,7 +209,7 @@ def methods(args: list[str]) -> int:
         return 0
     table = Table(title=f"{len(rows)} methods")
     for column in ("method", "what", "where", "merges"):
-        table.add_column(column, no_wrap=column != "what")
+        table.add_column(column, no_wrap=column in ("method", "merges"), overflow="fold")
     for row in rows:
         about = f"{row['equation']}\n{row['category']}; {row['count']} parameters at a site"
         cells = [row["name"], about, row["where"], "yes" if row["mergeable"] else "no"]
@@ -216,7 +226,9 @@ def sites_(args: list[str]) -> int:
     parser = _parser("sites", sites_)
     parser.add_argument("model", type=str, help="a folder, a model of the hub, or minilm")
     parser.add_argument("--where", type=str | None, default=None, help="only those that this selects")  # type: ignore[arg-type]
-    parser.add_argument("--layers", type=int | list[int] | None, default=None)  # type: ignore[arg-type]
+    parser.add_argument(
+        "--layers", type=int | list[int] | str | None, default=None, help="numbers, or 1/6-1/2 of the depth"
+    )  # type: ignore[arg-type]
     config = _parse(parser, args)
     model = load_shapes(config.model)
     found = all_sites(model) if config.where is None else sites(model, config.where, config.layers)
@@ -284,6 +296,12 @@ def train(args: list[str]) -> int:
     parser.add_argument("--save_steps", type=int, default=0, help="a checkpoint each so many steps")
     parser.add_argument("--resume", type=bool, default=False, help="go on from the newest checkpoint in --out")
     parser.add_argument("--device", type=str | None, default=None, help="cpu or cuda")  # type: ignore[arg-type]
+    parser.add_argument(
+        "--quantise",
+        type=str | None,
+        default=None,
+        help="the base's format, such as bnb-nf4; by default the method's own",
+    )  # type: ignore[arg-type]
     args = _method_args(parser, args, "lora")
     config = _parse(parser, args)
     tree = _tree(config.method)
@@ -298,11 +316,13 @@ def train(args: list[str]) -> int:
     from .assess.matrix import claim
     from .assess.run import learning_rates, range_of
     from .core.attach import attach
+    from .quant import n_weights, quantise
     from .train.backbone import load_classifier
     from .train.data import Collate, encode, predict
     from .train.fit import Plan, fit
 
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    config.quantise = config.quantise or storage_of(tree) or None
     plain = _plain(config, ("config", "resume", "device"))
     claim(config.out, {"verb": "train", **plain})
     for note in (str(task), *task.notes):
@@ -310,13 +330,16 @@ def train(args: list[str]) -> int:
     torch.manual_seed(config.seed)
     model, tokenizer = load_classifier(config.model, task.labels)
     model.to(device)
+    if config.quantise is not None:
+        quantise(model, config.quantise)
     adapter = attach(model, tree)
     preset = PRESETS.get(getattr(config.method, "name", ""))
     rates = preset.lr if preset is not None else range_of(tree)
     lr = config.lr if config.lr is not None else learning_rates(*rates, 1)[0]
-    n_all = sum(p.numel() for p in model.parameters())
+    n_all = n_weights(model)
     CONSOLE.print(
-        f"{adapter.params():,} parameters trained and {adapter.n_head:,} in the head, of {n_all:,}; learning rate {lr:g}; {device}",
+        f"{adapter.params():,} parameters trained and {adapter.n_head:,} in the head, of {n_all:,}"
+        f"{f', base in {config.quantise}' if config.quantise else ''}; learning rate {lr:g}; {device}",
         highlight=False,
     )
     collate = Collate(tokenizer, task.kind == "regression")
@@ -467,6 +490,12 @@ def _check_empty(out: str) -> None:
         raise ValueError(f"{out} exists and is not an empty folder")
 
 
+def _format_in(given: str) -> str | None:
+    """The format of the base that a run's folder names."""
+    run = Path(given) / "run.yaml"
+    return yaml.safe_load(run.read_text(encoding="utf-8")).get("quantise") if run.is_file() else None
+
+
 def _adapter_in(given: str) -> tuple[Path, str | None, tuple[str, ...] | None]:
     """The folder of an adapter, or of a run's, and where it is a run's its base and its labels."""
     folder = Path(given)
@@ -479,6 +508,7 @@ def _adapter_in(given: str) -> tuple[Path, str | None, tuple[str, ...] | None]:
 
 def _merged(verb: str, function: Callable[..., Any], args: list[str], formats: tuple[str, ...]) -> int:
     from .core.attach import load
+    from .quant import quantise
     from .train.backbone import load_any
 
     parser = _parser(verb, function)
@@ -497,6 +527,8 @@ def _merged(verb: str, function: Callable[..., Any], args: list[str], formats: t
         raise ValueError(f"{config.adapter} does not say where its base lies; give --model")
     model: Any
     model, tokenizer = load_any(model_name, labels)
+    if (kept := _format_in(config.adapter)) is not None:
+        quantise(model, kept)
     adapter = load(model, folder)
     n = adapter.params() + adapter.n_head
     if formats and config.format == "peft":
@@ -531,7 +563,7 @@ def combine_(args: list[str]) -> int:
     parser.add_argument("adapters", type=str, nargs="+", help="folders of adapters of one base, or of runs")
     parser.add_argument("--method", type=str, default="linear", help=f"one of {', '.join(WAYS)}")
     parser.add_argument(
-        "--weights", type=list[float] | str | None, default=None, help="with commas between; 1 / n each"
+        "--weights", type=list[float] | str | None, default=None, help="with commas between; 1 / n each, of ties 1"
     )  # type: ignore[arg-type]
     parser.add_argument("--density", type=float | None, default=None, help="share of the entries that pruning keeps")  # type: ignore[arg-type]
     parser.add_argument("--sign", type=str, default="total", help="what elects a sign in ties: total or frequency")
@@ -566,7 +598,12 @@ def combine_(args: list[str]) -> int:
     n, left = adapter.params() + adapter.n_head, adapter.residual
     CONSOLE.print(
         f"{config.out}: {n:,} parameters by {config.method} of {len(folders)} adapters for {model_name}"
-        + (f"; {left:.1%} of the change is left out" if adapter.residuals else ""),
+        + (f"; {left:.1%} of the change is left out" if adapter.residuals else "")
+        + (
+            "; no task head: --head takes a source's"
+            if config.head is None and any(own is not None for own in labels)
+            else ""
+        ),
         highlight=False,
     )
     return 0

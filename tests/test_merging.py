@@ -28,6 +28,7 @@ import deltatune as dt
 from deltatune.contract.beds import BEDS
 from deltatune.contract.checks import State
 from deltatune.core import files
+from deltatune.core.method import METHODS
 from deltatune.merging import WAYS
 
 SMALL = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -174,6 +175,28 @@ def test_as_hf_peft_combines(tmp_path: Path, name: str) -> None:
         new.detach()
 
 
+def test_as_hf_peft_adds_up_ia3(tmp_path: Path) -> None:
+    """Its (IA)3 has a way of its own, the weighted sum of the vectors."""
+    config = peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
+    model: Any = peft.get_peft_model(llama(), config, adapter_name="a0")
+    for i in (1, 2):
+        model.add_adapter(f"a{i}", config)
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "ia3_l" in n:
+                p.copy_(1 + 0.4 * torch.randn(p.shape, generator=draw))
+    model.save_pretrained(tmp_path)
+    model.add_weighted_adapter([f"a{i}" for i in range(3)], WEIGHTS, "new")
+    model.set_adapter("new")
+    ours = llama()
+    bare = out(ours)
+    dt.combine(ours, [tmp_path / f"a{i}" for i in range(3)], WEIGHTS, "average")
+    want = out(model.eval())
+    assert (want - bare).abs().max() > 0.05
+    torch.testing.assert_close(out(ours), want, rtol=0, atol=2e-5)
+
+
 # AdapterHub
 
 
@@ -244,6 +267,31 @@ def test_the_sum_of_what_any_method_changes(tmp_path: Path, name: str) -> None:
         again = dt.load(model, tmp_path / "new")
         assert torch.equal(out(model), kept)
         again.detach()
+
+
+@pytest.mark.slow
+def test_every_method_that_folds(tmp_path: Path) -> None:
+    """Of one source, the values and a LoRA of full rank are what merging it gives."""
+    model = bert()
+    numbers = {"r": 4, "n_experts": 2, "block": 4, "d": 50}
+    for name, method in sorted(METHODS.items()):
+        if not method.has_fold or method.in_place or method.sources or name == "copy":
+            continue
+        if method.quantised or method.rebases:  # on codes alone, and this base is plain
+            continue
+        hyper = {k: v for k, v in numbers.items() if k in method.Config.__dataclass_fields__}
+        adapter = moved(dt.attach(model, name, head=None, **(hyper if name != "increlora" else {})), 1)
+        adapter.save(tmp_path / name)
+        adapter.merge()
+        want = out(model)
+        adapter.unmerge()
+        adapter.detach()
+        for way, options in (("values", {}), ("svd", {"rank": 16})):
+            new = dt.combine(model, [tmp_path / name], [1], way, **options)
+            torch.testing.assert_close(
+                out(model), want, rtol=0, atol=2e-4, msg=lambda m, at=f"{name}, {way}": f"{at}: {m}"
+            )
+            new.detach()
 
 
 def test_the_rules_on_what_other_methods_change(tmp_path: Path) -> None:
@@ -414,6 +462,65 @@ def test_adapters_of_the_whole_model(tmp_path: Path) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
+def test_a_delta_beside_a_whole_model(tmp_path: Path) -> None:
+    """A LoRA and a full fine-tuning meet in the weights, at sites that both change and at those of the second alone."""
+    model = bert()
+    folders = saved(tmp_path, model, dt.LoRA(r=2), "full")
+    body = [{n: t for n, t in changes(model, f).items() if "classifier" not in n} for f in folders]
+    want = total(model, body, [0.5, 0.7])
+    for way, options in (("svd", {"rank": 16}), ("values", {})):
+        new = dt.combine(model, folders, [0.5, 0.7], way, **options)
+        torch.testing.assert_close(out(model), want, rtol=0, atol=2e-5)
+        new.detach()
+
+
+def test_heads_of_other_widths(tmp_path: Path) -> None:
+    """Adapters of tasks with other numbers of classes: no head is looked at but the one that is asked for."""
+
+    def classes(n: int) -> Any:
+        model: Any = bert()
+        model.classifier, model.config.num_labels, model.num_labels = nn.Linear(16, n), n, n
+        return model
+
+    for method in ("lora", "full"):
+        each = [saved(tmp_path / f"{method}{n}", classes(n), method, head="auto")[0] for n in (2, 4)]
+        model = classes(4)
+        for way, options in (("linear", {}), ("svd", {"rank": 16}), ("values", {}), ("ties", {"density": 0.5})):
+            dt.combine(model, each, [1, 1], way, **options).detach()
+        new = dt.combine(model, each, [1, 1], head=1)
+        assert new.n_head == 4 * 17
+        state = State(model)
+        with pytest.raises(ValueError, match=r"classifier\.weight is \(2, 16\), here it (must be|is) \(4, 16\)"):
+            dt.combine(model if method == "lora" else classes(4), each, [1, 1], head=0, name="other")
+        state.restored(model)
+
+
+def test_ties_of_weights_that_are_not_given(tmp_path: Path) -> None:
+    """Its mean over those that agree is the paper's, and not a second time divided by their number."""
+    model = bert()
+    folders = saved(tmp_path, model, *[dt.LoRA(r=2)] * 3)
+    for way in ("ties", "dare_ties_values"):
+        values = []
+        for weights in (None, [1, 1, 1]):
+            new = dt.combine(model, folders, weights, way, density=0.5)
+            values.append(new.state_dict())
+            new.detach()
+        assert all(torch.equal(t, values[1][key]) for key, t in values[0].items()), way
+
+
+def test_pruning_keeps_an_entry(tmp_path: Path) -> None:
+    """A share of a small tensor that is less than one entry is one, not silently none."""
+    model = bert()
+    (folder,) = saved(tmp_path, model, dt.LNTuning())
+    (one,) = (changes(model, folder),)
+    dt.combine(model, [folder], [1], "magnitude_prune_values", density=0.05).save(tmp_path / "new")
+    dt.adapters(model)["combined"].detach()
+    got = changes(model, str(tmp_path / "new"))
+    assert got.keys() == one.keys()
+    for name, t in got.items():
+        assert int((t != 0).sum()) == 1 and float(t.abs().max()) == pytest.approx(float(one[name].abs().max()))
+
+
 def test_the_task_head(tmp_path: Path) -> None:
     model = bert()
     folders = saved(tmp_path, model, *[dt.LoRA(r=2)] * 2, head="auto")
@@ -457,6 +564,9 @@ def wrong() -> dict[str, tuple[Any, ...]]:
         "density of linear": ([0, 1], [1, 1], "linear", {"density": 0.5}, "linear takes no density; .*magnitude_prune"),
         "keep of svd": ([0, 1], [1, 1], "svd", {"keep": 0.5}, "svd takes no keep; .*ties_values"),
         "rank": ([0, 1], [1, 1], "svd", {"rank": 0}, "rank = 0"),
+        "half a rank": ([0, 1], [1, 1], "svd", {"rank": 1.5}, "rank = 1.5, but it must be a whole number"),
+        "one weight": ([0, 1], 0.5, "linear", {}, "weights are numbers, one for each of the 2 adapters, not 0.5"),
+        "sign of linear": ([0, 1], [1, 1], "linear", {"sign": "frequency"}, "linear takes no sign; .*dare_ties"),
         "sign": ([0, 1], [1, 1], "ties", {"density": 0.5, "sign": "most"}, "total"),
         "head": ([0, 1], [1, 1], "linear", {"head": 2}, "head = 2, .*0 to 1"),
         "no head": ([0, 1], [1, 1], "linear", {"head": 1}, "no task head of its own"),

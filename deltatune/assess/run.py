@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ..core.attach import attach
-from ..core.compose import PRESETS, Leaf, Per, Tree
+from ..core.compose import PRESETS, Leaf, Per, Tree, storage_of
+from ..quant import is_quantised, n_weights, quantise
 from ..tasks import Task
 from ..tasks.metrics import LOWER_IS_BETTER
 from ..train.backbone import load_classifier
@@ -82,15 +83,17 @@ class Bench:
         self.head_lr, self.device = head_lr, device
         self.rows: dict[str, Rows] = {}
         self.model: nn.Module | None = None
-        self.seed = -1
+        self.stands: tuple[int, str] | None = None  # seed and format of the model
 
-    def prepare(self, seed: int) -> nn.Module:
-        """The backbone with this seed's fresh head; the rows are encoded the first time."""
-        if self.model is None or self.seed != seed:
+    def prepare(self, seed: int, storage: str = "") -> nn.Module:
+        """The backbone with this seed's fresh head, quantised where a format is named; the rows are encoded the first time."""
+        if self.model is None or self.stands != (seed, storage):
             torch.manual_seed(seed)
             self.model, tokenizer = load_classifier(self.backbone, self.task.labels)
             self.model.to(self.device)
-            self.seed = seed
+            if storage:
+                quantise(self.model, storage)
+            self.stands = (seed, storage)
             self.collate = Collate(tokenizer, self.task.kind == "regression")
             if not self.rows:
                 for name, split in self.task.splits.items():
@@ -128,7 +131,9 @@ class Bench:
         return cell
 
     def _trial(self, candidate: Candidate, seed: int, lr: float, report: Report) -> tuple[Any, Fitted, int]:
-        model = self.prepare(seed)
+        if self.model is not None and self.stands is not None and not self.stands[1] and is_quantised(self.model):
+            self.model = None  # the method before this one has quantised it for itself
+        model = self.prepare(seed, storage_of(candidate.tree))
         torch.manual_seed(seed)
         adapter = attach(model, candidate.tree)
         if self.device == "cuda":
@@ -198,7 +203,7 @@ class Bench:
             n_trainable=n_trainable,
             n_head=n_head,
             n_stored=n_stored,
-            n_backbone=sum(p.numel() for p in model.parameters()) - n_head,
+            n_backbone=n_weights(model) - n_head,
             memory=split,
             time=Time(fitted.train_s, fitted.step_ms, fitted.tokens_per_s, eval_s, time.perf_counter() - begun),
             file_bytes=file_bytes,

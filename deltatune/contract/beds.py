@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..core.groups import GroupLinear
 from ..core.method import Method
 from ..core.site import Site, sites
 
@@ -232,23 +233,23 @@ class ImageNet(nn.Module):
         return self.classifier(self.norm(x))
 
 
-def llama() -> nn.Module:
-    """A Llama of two layers, with grouped heads."""
+def llama(n_layers: int = 2) -> nn.Module:
+    """A Llama, with grouped heads."""
     from transformers import LlamaConfig, LlamaModel
 
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=WIDE, num_hidden_layers=2, num_attention_heads=N_HEADS,
+        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=WIDE, num_hidden_layers=n_layers, num_attention_heads=N_HEADS,
         num_key_value_heads=2, max_position_embeddings=64, use_cache=False, pad_token_id=0,
     )  # fmt: skip
     return _strong(LlamaModel(config))
 
 
-def bert() -> nn.Module:
-    """A BERT of two layers, without its pooler."""
+def bert(n_layers: int = 2) -> nn.Module:
+    """A BERT, without its pooler."""
     from transformers import BertConfig, BertModel
 
     config = BertConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=WIDE, num_hidden_layers=2, num_attention_heads=N_HEADS,
+        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=WIDE, num_hidden_layers=n_layers, num_attention_heads=N_HEADS,
         max_position_embeddings=256, use_cache=False, pad_token_id=0,
     )  # fmt: skip
     return BertModel(config, add_pooling_layer=False)
@@ -272,6 +273,7 @@ class Bed:
     where: str = ""  # "" is the kind itself
     one: tuple[str, ...] = ()  # names of a single site: graphs and compositions are looked at there
     later: str = ""  # why it is not there yet
+    for_trees: bool = False  # a whole model for trees that need its depth; methods alone are tried elsewhere
 
     @property
     def place(self) -> str:
@@ -297,8 +299,13 @@ class Bed:
 
     def suits(self, method: type[Method]) -> bool:
         """Does the method name this kind, and mean one of these sites?"""
-        if self.kind not in method.kinds or self.where in ("lm_head", "cross") and method.where != self.where:
+        if self.for_trees or self.kind not in method.kinds:
             return False
+        if self.where in ("lm_head", "cross") and method.where != self.where:
+            return False
+        coded = method.quantised or method.rebases  # what the second makes of a plain base its own tests look at
+        if coded and self.name != "quantised" or method.in_place and self.name == "quantised":
+            return False  # the one refuses plain layers, the other such as it cannot train
         if method.in_place:
             return method.where != "cross" or self.where == "cross"
         slow = (
@@ -362,6 +369,10 @@ def _bare(d_in: int, d_out: int) -> nn.Module:
     return nn.Linear(d_in, d_out, bias=False)
 
 
+def _coded(d_in: int, d_out: int) -> nn.Module:
+    return GroupLinear.of(nn.Linear(d_in, d_out), bits=4, group=16)
+
+
 _Q, _DOWN = "layers.0.self_attn.q_proj", "layers.0.mlp.down_proj"
 _ALL = (
     Bed("biased", "linear", Net, one=(_Q,)),
@@ -373,7 +384,7 @@ _ALL = (
     Bed("norm", "norm", Net, one=("norm",)),
     Bed("rmsnorm", "norm", functools.partial(Net, norm=nn.RMSNorm), one=("norm",)),
     Bed("experts", "experts", functools.partial(Net, sparse=True), one=("layers.0.mlp.experts.down_proj",)),
-    Bed("quantised", "linear", Net, later="quantised bases come with their own issue"),
+    Bed("quantised", "linear", functools.partial(Net, _coded), one=(_Q,)),
     Bed("lm-head", "linear", Talker, where="lm_head", one=("lm_head",)),
     Bed("cross", "linear", Translator, where="cross", one=("decoder.layers.0.cross_attn.q_proj",)),
     Bed("span", "span", Net, one=("layers.0:mlp",)),
@@ -384,6 +395,8 @@ _ALL = (
     Bed("blocks", "span", functools.partial(ImageNet, 2), where="blocks", one=("layers.0:blocks",)),
     Bed("attention", "attention", llama, one=("layers.1.self_attn",)),
     Bed("attention-bert", "attention", bert, one=("encoder.layer.1.attention.self",)),
+    Bed("deep", "attention", functools.partial(llama, 4), for_trees=True),
+    Bed("deep-bert", "attention", functools.partial(bert, 4), for_trees=True),
     Bed("input", "input", llama),
     Bed("input-bert", "input", bert),
 )

@@ -26,6 +26,7 @@ from ..core.compose import Average, Leaf, Preset, Sum, Tree
 from ..core.method import METHODS, Method, Slot, named
 from ..core.schedule import Schedules
 from ..core.site import Site
+from ..quant import dequantise
 from .beds import Bed, accepts, checkpointed, materialise, on_meta, outputs
 
 Status = Literal["passed", "failed", "exempt", "skipped"]
@@ -189,7 +190,8 @@ class Trial:
             most = min(shapes.sizes(limit, {**_sizes(site), **numbers})[0] for site in self.bed.sites())
             if numbers[key] > most:
                 small[key] = most
-        return self.method(**{**small, **hyper})  # type: ignore[return-value]
+        leaf: Leaf = self.method(**{**small, **hyper})
+        return replace(leaf, start=_stands) if self.method.rebases else leaf
 
     @property
     def slots(self) -> Mapping[str, Slot]:
@@ -243,6 +245,10 @@ class Trial:
         for name, grad in zip(tensors, found, strict=True):
             assert grad is not None, f"{name} has no gradient"
         return dict(zip(tensors, found, strict=True))
+
+
+def _stands(adapter: Adapter, path: str) -> None:
+    """Instead of a start that quantises the base: the bed has codes already."""
 
 
 @functools.cache
@@ -708,7 +714,7 @@ def composed(t: Trial) -> None:
 def _met(t: Trial, node: type, apart: list[nn.Module]) -> Tensor:
     """The output of a model whose one site does what those of `apart` do, added up or averaged."""
     share = 1.0 if node is Sum else 1 / len(apart)
-    model = t.model()
+    model = dequantise(t.model())
     if t.method.has_fold:  # in weight space: base + sum of the changes
         plain = {n: p.detach().clone() for n, p in model.named_parameters()}
         for single in apart:

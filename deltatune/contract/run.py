@@ -115,12 +115,14 @@ def _choose(
 
 
 TREE_BEDS = ("attention", "attention-bert", "patches")  # whole models: a tree has places of its own
+DEEP_BEDS = ("deep", "deep-bert")  # for a tree that those are too shallow for
 
 
 def beds_of(method: type[Method] | Preset) -> list[Bed]:
     """The small models that the method, or the tree with a name, can stand on."""
     if isinstance(method, Preset):
-        return [BEDS[name] for name in TREE_BEDS if _takes(BEDS[name], method)]
+        here = [BEDS[name] for name in TREE_BEDS if _takes(BEDS[name], method)]
+        return here or [BEDS[name] for name in DEEP_BEDS if _takes(BEDS[name], method)]
     return [bed for bed in BEDS.values() if bed.suits(method)]
 
 

@@ -8,7 +8,8 @@ import contextlib
 import copy
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
@@ -17,16 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from ..version import VERSION
-from . import base, files, shapes
+from . import base, files, shapes, storage
 from .bank import Bank
 from .compose import Leaf, Tree, parts_of
 from .errors import unknown
-from .identity import backbone_id, base_fingerprint, check_base, table_hash
+from .identity import backbone_id, base_fingerprint, check_base, check_layers, table_hash
 from .method import Delta, Method
 from .probe import probe
-from .ragged import refill
+from .ragged import ragged_in, refill
 from .record import HEAD, Entry, Info, Record, refresh, release, remove, standing
-from .runtime import Banks, original, walk
+from .runtime import Banks, original, swap, walk
 from .schedule import Schedule
 from .sharded import assign, whole
 from .site import Site, all_sites
@@ -357,7 +358,7 @@ class Adapter:
         """Run the model on one batch and raise ValueError naming every delta that has no effect on its outputs."""
         probe(self, *args, **kwargs)
 
-    def _check_merge(self) -> None:
+    def _check_merge(self, requantise: bool) -> None:
         if self._info.merged is not None:
             raise ValueError(f"adapter {self.name!r} is merged already")
         if not self.enabled:
@@ -373,7 +374,11 @@ class Adapter:
             if not delta.has_fold:
                 names = sorted({getattr(d, "name", "?") for d in parts_of(delta)})
                 raise ValueError(f"{site.name}: {', '.join(names)} cannot be merged: it defines no fold")
-            kept = base.stored(module, site)
+            kept, kind = base.stored(module, site), storage.format_of(module, site.param)
+            if kind is not None and site.kind != "linear":
+                raise ValueError(f"{site.name}: cannot merge into a quantised {site.kind} ({kind.name})")
+            if kind is not None and requantise and kind.write is None:
+                raise ValueError(f"{site.name}: {kind.name} cannot be written here; merge without requantise")
             if not any(kept is t for m in module.modules() for t in (*m._parameters.values(), *m._buffers.values())):
                 raise ValueError(
                     f"{site.name}: its weight is computed (parametrized?); what is merged into it would be lost"
@@ -393,33 +398,59 @@ class Adapter:
                         f"{site.name}: adapter {key.partition('|')[0]!r} stands inside {self.name!r} there; merge it first"
                     )
 
-    def merge(self) -> None:
+    def merge(self, requantise: bool = False) -> None:
         """Write `fold` into the base. The saved originals stay for `unmerge`; `detach` makes it final.
 
-        Raises ValueError, and changes nothing, where a method has no fold, a weight is tied or quantised, or another
-        adapter stands inside this one.
+        A quantised layer is a plain one afterwards, in the model's dtype. With `requantise` it is quantised again, which
+        loses what lies between its steps: a warning says how much.
+
+        Raises ValueError, and changes nothing, where a method has no fold, a weight is tied, its format cannot be written, or
+        another adapter stands inside this one.
         """
-        self._check_merge()
+        self._check_merge(requantise)
         info = self._info
         kept: dict[str, SimpleNamespace] = {}
-        done: list[tuple[nn.Module, Site, SimpleNamespace]] = []
+        done: list[tuple[str, nn.Module, Site, SimpleNamespace]] = []
         try:
             for entry, module, delta in self._standing():
                 mark = f"{entry.module}|{delta.site.param}"
                 if mark not in kept:
                     kept[mark] = base.snapshot(module, delta.site)
-                    done.append((module, delta.site, kept[mark]))
+                    done.append((entry.module, module, delta.site, kept[mark]))
                 with torch.no_grad():
-                    base.write(module, delta.site, *base.folded(module, [delta]))
+                    weight, bias = base.folded(module, [delta])
+                    if base.quantised(module, delta.site):
+                        base.unquantise(module, delta.site, _dtype_of(self.model))
+                        swap(module, entry.module, own=nn.Linear)
+                    base.write(module, delta.site, weight, bias)
+            if requantise:
+                self._requantise(done)
         except Exception:
-            for module, site, snapshot in done:
-                base.write_back(module, site, snapshot)
+            for step in done:
+                _write_back(*step)
             raise
         if not info.owned:
             self._activate(False)
         elif info.entries:  # what was trained in place is in the base already; the head beside it is now
             info.switch.on = False
         info.merged = kept
+
+    def _requantise(self, done: Sequence[tuple[str, nn.Module, Site, SimpleNamespace]]) -> None:
+        lost = {}
+        for name, module, site, snapshot in done:
+            if snapshot.cls is not None:
+                weight, bias = base.matrix(module, site), base.bias_of(module, site)
+                _write_back(name, module, site, snapshot)
+                lost[name] = base.requantise(module, site, weight)
+                if isinstance(bias, nn.Parameter):
+                    module._parameters["bias"] = bias
+        if lost:
+            worst = max(lost, key=lambda name: lost[name])
+            warnings.warn(
+                f"adapter {self.name!r} was merged into {len(lost)} quantised layers, which keep its weights with a relative "
+                f"error of {sum(lost.values()) / len(lost):.3g} on average, {lost[worst]:.3g} at {worst}",
+                stacklevel=3,
+            )
 
     def unmerge(self) -> None:
         """Restore the saved originals, bit for bit, and run as a delta again."""
@@ -428,7 +459,7 @@ class Adapter:
             raise ValueError(f"adapter {self.name!r} is not merged")
         self._check_place()
         for entry, module, delta in self._standing():
-            base.write_back(module, delta.site, info.merged[f"{entry.module}|{delta.site.param}"])
+            _write_back(entry.module, module, delta.site, info.merged[f"{entry.module}|{delta.site.param}"])
         info.merged = None
         self._activate(True)
 
@@ -472,6 +503,18 @@ class Adapter:
             release(self.model, record)
 
 
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """Of the states: what the first plain floating parameter of the base has."""
+    own = (p for _, module in walk(model) for p in module._parameters.values() if type(p) is nn.Parameter)
+    return next((p.dtype for p in own if p.is_floating_point()), torch.float32)
+
+
+def _write_back(name: str, module: nn.Module, site: Site, kept: SimpleNamespace) -> None:
+    base.write_back(module, site, kept)
+    if kept.cls is not None:
+        swap(module, name, own=kept.cls)
+
+
 def _n_trained(adapter: Adapter, tree: Tree, state: Mapping[str, Tensor]) -> int:
     """How many numbers the adapter's sites would train under the leaves of `tree` and its `state`, without the head."""
     n, shared, leaves = 0, dict[str, int](), dict(tree.leaves())
@@ -509,18 +552,9 @@ def _gathered(module: nn.Module) -> Any:
 def fill(adapter: Adapter, path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
     """Copy a file's tensors into the adapter. Raises ValueError, and changes nothing, where they are not its own."""
     _reshard(adapter.model)
-    targets: dict[str, Tensor] = {}
-    ragged: dict[str, tuple[Method, str]] = {}
-    for (leaf, site), delta in adapter.deltas.items():
-        own = delta.state_dict(keep_vars=True)
-        targets |= {f"{leaf}.{site}.{n}": t for n, t in own.items()}
-        found = {n: tensors[f"{leaf}.{site}.{n}"] for n in own if n in delta.ragged and f"{leaf}.{site}.{n}" in tensors}
-        ragged |= {f"{leaf}.{site}.{n}": (delta, n) for n in found}
-        if found and found.keys() == own.keys() & delta.ragged:  # else `check_keys` says what is missing
-            try:
-                delta.check_ragged(found)
-            except ValueError as error:
-                raise ValueError(f"{path}: {site}: {error}") from None
+    deltas = {f"{leaf}.{site}": delta for (leaf, site), delta in adapter.deltas.items()}
+    targets = {f"{at}.{n}": t for at, delta in deltas.items() for n, t in delta.state_dict(keep_vars=True).items()}
+    ragged = ragged_in(path, tensors, deltas)
     if adapter.bank is not None:
         targets |= {f"bank.{n}": t for n, t in adapter.bank.state_dict(keep_vars=True).items()}
     owned = {f"0.{n}": p for n, p in adapter.owned().items()}
@@ -529,6 +563,7 @@ def fill(adapter: Adapter, path: str | os.PathLike[str], tensors: Mapping[str, T
     }  # of what is trained in place, the file has what moved
     shapes_here = {k: tuple((tensors[k] if k in ragged else t).shape) for k, t in want.items()}
     files.check_keys(str(path), shapes_here, tensors)
+    check_layers(adapter.model, path, deltas, tensors)
     with torch.no_grad():
         for name, kept in adapter._info.originals.items():
             if f"0.{name}" not in tensors:

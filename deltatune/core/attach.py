@@ -12,18 +12,32 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from . import base, files
+from . import base, files, storage
 from .adapter import Adapter, fill
 from .bank import Bank
-from .compose import Leaf, Node, Per, Stack, Tree, Where, assemble, placed, tree_from_dict, where_of
+from .compose import (
+    Leaf,
+    Node,
+    Per,
+    Stack,
+    Tree,
+    Where,
+    assemble,
+    layers_of,
+    names_of,
+    parts_of,
+    placed,
+    tree_from_dict,
+    where_of,
+)
 from .errors import unknown
 from .identity import base_fingerprint, check_base
-from .method import METHODS, Delta, layer_numbers, named
-from .mixed import Mixer
+from .method import METHODS, Delta, Meet, named
+from .mixed import Mixed, Mixer
 from .record import EVERYTHING, HEAD, Entry, Info, Record, mark, place, refresh, root_layers
-from .runtime import ATTACHED, ATTENDS, Banks, Frame, check_reachable, integrate, original, swap, walk
+from .runtime import ATTACHED, ATTENDS, Banks, Frame, check_folds, check_reachable, integrate, original, swap, walk
 from .site import HEADS, Site, all_sites, expanded, select
 
 COPY = "copy"  # the registered method that trains a task head as a copy of it
@@ -50,13 +64,14 @@ def attach(
 
     `method` is a name of the registry, with its hyperparameters as keywords, a tree such as `dt.LoRA(r=16)`, or HF PEFT's
     configuration object. `where` is a place of `dt.sites`, or places with hyperparameters of their own: `{"mlp": {"r": 32}}`.
+    `layers` are numbers of layers in each stack, or a share of its depth, "1/6-1/2"; all by default.
     `head="auto"` trains the task head beside it, where the backbone has one; `head=None` does not. `seed` draws what
     sites share; the tensors' own starts come from torch's generator. A method that is made of saved adapters takes their
     folders as `sources`. `probe` is one batch, as keywords of the model: it
     is run once, and a delta that does not move the outputs is refused.
 
     Raises ValueError, and changes nothing, on an unknown method, hyperparameter or place, on a number that does not fit
-    a site, on a second adapter of one name, or where a delta would have no effect.
+    a site, on a second adapter of one name, or where a delta would have no effect or no gradient.
     """
     reader = CONFIGS.get(type(method).__module__.partition(".")[0])
     if reader is not None:
@@ -74,18 +89,24 @@ def attach(
         raise ValueError(f"method must be a name such as 'lora' or a tree such as dt.LoRA(r=8), not {method!r}")
     if head not in ("auto", None):
         raise ValueError(f"head must be 'auto' or None, not {head!r}")
-    tree = placed(tree, where_of(where), layer_numbers(layers))
+    tree = placed(tree, where_of(where), layers_of(layers))
     for _, leaf in tree.leaves():
         if leaf.method.sources and leaf.method.needs_sources and leaf.start is None:
             raise ValueError(
                 f"{leaf.method.name} is made of saved adapters, of {leaf.method.sources}; give it sources=[folder, ...]"
             )
+        if leaf.method.rebases and leaf.start is None:  # as a standing adapter's tree is, or one from a file
+            raise ValueError(
+                f"{leaf.method.name} starts from a plain base's weights, and this tree was attached once already; make the "
+                f"method anew, dt.attach(model, {leaf.method.name!r}, ...), or take the file, dt.load or dt.saved"
+            )
     kept = tree.replaced({path: replace(leaf, start=None) for path, leaf in tree.leaves()})
     adapter = _attach(model, kept, name, seed, head == "auto", None)
-    with or_off(adapter):
+    with or_off(adapter) as undo:
         for path, leaf in tree.leaves():
             if leaf.start is not None:
-                leaf.start(adapter, path)
+                undo.append(leaf.start(adapter, path))
+        _check_storage(adapter)
         if probe is not None:
             adapter.probe(**probe)
     return adapter
@@ -101,24 +122,53 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         if (Path(path) / file).is_file() and not (Path(path) / files.CARD).is_file():
             return reader(model, path, name=name, trainable=trainable)
     card, tensors = files.read_adapter(path)
+    check_base(model, path, card, tensors)
+    return loaded(model, path, card, tensors, name=name, trainable=trainable)
+
+
+def loaded(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    card: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    name: str,
+    trainable: bool = False,
+) -> Adapter:
+    """`load` of what was read from `path` and checked against the base."""
     try:
         tree = tree_from_dict(card["tree"], METHODS)
     except ValueError as error:
         raise ValueError(f"{path}: its tree cannot be read: {error}") from None
-    check_base(model, path, card, tensors)
     adapter = _attach(model, tree, name, card["seed"], card["head"], card["sites"], card["in_place"])
     with or_off(adapter):
+        _check_storage(adapter)
         fill(adapter, path, tensors)
         adapter.trainable(trainable)
     return adapter
 
 
+def _check_storage(adapter: Adapter) -> None:
+    """Raise ValueError where a method that is meant for a quantised base stands on a plain layer."""
+    for delta in adapter.deltas.values():
+        wanted, site = getattr(type(delta), "quantised", ""), delta.site
+        if wanted and not base.quantised(adapter.model.get_submodule(site.module), site):
+            raise ValueError(
+                f"{site.name}: {delta.name} is meant for a quantised base, and this layer is a plain one; "
+                f"dt.quantise(model, {wanted!r}) makes one, and dt.load_base(folder, {wanted!r}) while it loads"
+            )
+
+
 @contextlib.contextmanager
-def or_off(adapter: Adapter) -> Iterator[None]:
-    """Take the adapter off again where what is done to it right after attaching fails."""
+def or_off(adapter: Adapter) -> Iterator[list[Callable[[], None] | None]]:
+    """Take the adapter off again where what is done to it right after attaching fails, behind what the list undoes."""
+    undo: list[Callable[[], None] | None] = []
     try:
-        yield
+        yield undo
     except BaseException:
+        for back in reversed(undo):
+            if back is not None:
+                back()
         adapter.detach()
         raise
 
@@ -148,7 +198,8 @@ def _attach(
 
     # everything is built before the model is touched
     shared = Bank(seed)
-    plan = _plan(tree, name, _built(modules, every, leaves, chosen, shared))
+    plan = _in_order(_plan(tree, name, _built(modules, every, leaves, chosen, shared)))
+    _check_gradients(plan, every, leaves)
     if not plan and not info.owned:
         raise ValueError(f"{tree!r} trains nothing on this model" + ("" if head else ": it has no task head"))
     _commit(model, modules, every, record or Record(Frame()), name, info, plan, shared)
@@ -223,6 +274,10 @@ def _claims(model: nn.Module, every: Sequence[Site], leaf: Leaf) -> list[str]:
     for at, module in walk(model):
         if chosen is not None and not any(f"{at}.".startswith(place) for place in chosen):
             continue
+        if (kind := storage.format_of(module)) is not None:
+            raise ValueError(
+                f"{at}: {leaf.method.name} trains it in place, and its weight is quantised ({kind.name}); train a delta on it"
+            )
         for key, p in module._parameters.items():
             if p is not None and id(p) not in seen:
                 seen.add(id(p))
@@ -244,10 +299,9 @@ def _chosen(
             chosen[path] = [(s, leaf.config) for name, s in table.items() if name in under]
             continue
         own = _per_site(every, leaf)
-        if places is not None and _has_choice(
-            leaf
-        ):  # its places on the backbone are the file's, those on a head this head's
-            kept = [table[n] for n in places.get(path, ()) if n in table and table[n].role not in HEADS]
+        there = frozenset(() if places is None else places.get(path, ()))  # a tree's file has another order of its own
+        if places is not None and _has_choice(leaf):  # its places on the backbone are the file's, on a head this head's
+            kept = [site for n, site in table.items() if n in there and site.role not in HEADS]
             on_head = [s for s in _selected(every, leaf) if s.role in HEADS]
             chosen[path] = [(s, leaf.config) for s in (*kept, *on_head) if s in kept or method.fits(leaf.config, s)]
             continue
@@ -255,7 +309,7 @@ def _chosen(
             gone = [n for n in places.get(path, ()) if n not in table]
             if gone:
                 raise unknown("site", gone[0], table)
-            chosen[path] = [(table[n], own.get(n, leaf.config)) for n in places.get(path, ())]
+            chosen[path] = [(site, own.get(n, leaf.config)) for n, site in table.items() if n in there]
             continue
         if isinstance(leaf.where, Per):
             selected = [table[n] for n in own]
@@ -390,6 +444,60 @@ def _plan(tree: Tree, name: str, built: Mapping[At, dict[str, Delta]]) -> list[t
                 )
             )
     return plan
+
+
+def _in_order(plan: Sequence[tuple[Entry, Delta]]) -> list[tuple[Entry, Delta]]:
+    """The plan, where what works on the weight goes in front of what stands at other sites, of one layer too: these have no order.
+
+    Raises ValueError where something still works on the weight around what has none.
+    """
+    weighed = {part.site.name for _, part in plan if part.site.role not in HEADS and _on_weight(part)}
+    ordered = sorted(plan, key=lambda made: made[1].site.name not in weighed)
+    at: dict[str, list[Delta]] = {}
+    for entry, part in ordered:
+        if part.site.kind != "span":  # which lies around all of these
+            inside = at.setdefault(entry.module, [])
+            if _on_weight(part):
+                apart = isinstance(part, Mixed)
+                check_folds([p for p in inside if not (apart and base.are_apart(p.site, part.site))], part)
+            inside.append(part)
+    return ordered
+
+
+def _on_weight(part: Delta) -> bool:
+    """Does it run, or does a node run one of its children, as a folded weight?"""
+    if not isinstance(part, Mixed):
+        return part.has_fold and not part.fast
+    return part.has_around and any(map(_on_weight, part._parts))
+
+
+def _check_gradients(plan: Sequence[tuple[Entry, Delta]], every: Sequence[Site], leaves: Mapping[str, Leaf]) -> None:
+    """Raise ValueError where a leaf would train inside a method through which no gradient comes back."""
+    order = {site.module: i for i, site in enumerate(every)}
+    for n, (end, part) in enumerate(plan):
+        if not _seals(part):
+            continue
+        own = {delta.path for delta in parts_of(part)}
+        for m, (entry, other) in enumerate(plan):
+            if entry.module == end.module and m >= n:  # itself, and what stands around it
+                continue
+            for delta in parts_of(other):
+                site, frozen = delta.site, leaves[delta.path].frozen
+                if delta.path in own or frozen or site.layer is None and order.get(site.module, -1) > order[end.module]:
+                    continue
+                raise ValueError(
+                    f"{site.name or 'the model'}: {names_of([delta])} would not be trained, since beside {names_of([part])} at "
+                    f"{part.site.name} no gradient enters the backbone; attach them as two adapters, and train one at a time"
+                )
+
+
+def _seals(part: Delta) -> bool:
+    """Does no gradient come through it? A node that adds to the site's own output, or mixes with it, lets one through."""
+    if isinstance(part, Mixed) or isinstance(part, Meet) and part.op == "sum":
+        return False
+    if isinstance(part, Meet):
+        return (any if part.op == "stack" else all)(map(_seals, part._parts))
+    return part.seals
 
 
 def _commit(

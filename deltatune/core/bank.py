@@ -4,13 +4,12 @@ A bank declared without `train` is random, drawn from the adapter's seed and nev
 parameter, trained and saved once.
 """
 
-import zlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .inits import Init
+from .inits import Init, seeded
 
 
 class Bank(nn.Module):
@@ -33,8 +32,7 @@ class Bank(nn.Module):
         """Keep a tensor of `shape` under `key`; the first claim draws it."""
         if key not in self._parameters and key not in self._buffers:
             # drawn on the CPU, in fp32 and away from the global generator: equal on every device and in every order
-            with torch.random.fork_rng(devices=()), torch.device("cpu"):
-                torch.manual_seed(zlib.crc32(key.encode()) ^ self.seed)
+            with seeded(key, self.seed):
                 value = init(shape, delta=delta)
             value = value.to(device, dtype)
             if train:

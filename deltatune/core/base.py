@@ -3,6 +3,7 @@
 `fold` never learns what it sits on. This file alone knows layers and storage:
 
     nn.Linear          as it is                transformers' Conv1D      transposed
+    quantised linear   as numbers (storage.py)
     nn.Conv2d          (O, I h w)              nn.Embedding              (V, D)
     fused experts      (E, O, I), by vmap      norms                     a vector of d_out
 """
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import storage
+from .compose import names_of
 from .refold import Folded, linear, plain_autograd
 from .site import Site
 
@@ -52,27 +55,30 @@ def check_present(delta: "Delta") -> None:
 
 def stored(module: nn.Module, site: Site) -> Tensor:
     """The weight tensor as it is kept, whatever its format."""
-    weight = getattr(module, site.param)
+    kind = storage.format_of(module, site.param)
+    weight = getattr(module, site.param if kind is None or site.param != "weight" else kind.kept)
     assert isinstance(weight, Tensor)
     return weight
 
 
-def quantised(weight: Tensor) -> bool:
+def quantised(module: nn.Module, site: Site) -> bool:
     """Is the weight kept in a format that is no plain floating tensor?"""
-    return (
-        not weight.is_floating_point() or type(weight) not in (nn.Parameter, Tensor) and hasattr(weight, "dequantize")
-    )
+    return storage.format_of(module, site.param) is not None or not stored(module, site).is_floating_point()
 
 
 def matrix(module: nn.Module, site: Site) -> Tensor:
     """The site's whole weight as (O, I), (E, O, I) for experts, (O) for norms, in a floating dtype; a view if it can."""
-    weight = stored(module, site)
+    weight, kind = stored(module, site), storage.format_of(module, site.param)
     if weight.is_meta and (kept := offloaded(module, site.param)) is not None:
         weight = kept
-    if quantised(weight):
-        if not hasattr(weight, "dequantize"):
-            raise ValueError(f"{site.name}: its weight is kept as {weight.dtype}, which cannot be read as numbers here")
-        weight = weight.dequantize()
+    if kind is not None:
+        try:
+            weight = kind.read(module, site.param)
+            return weight.double() if place_of(module, site)[1] == torch.float64 else weight
+        except ValueError as error:
+            raise ValueError(f"{site.name}: {error}") from error
+    if not weight.is_floating_point():
+        raise ValueError(f"{site.name}: its weight is kept as {weight.dtype}, which cannot be read as numbers here")
     if transposed(module, site.param):
         return weight.mT
     return weight.flatten(1) if site.kind == "conv2d" else weight
@@ -88,7 +94,7 @@ def bias_of(module: nn.Module, site: Site) -> Tensor | None:
 
 def place_of(module: nn.Module, site: Site) -> tuple[torch.device, torch.dtype]:
     """Device and floating dtype of the site's computation: accelerate's hooks may keep the weight itself elsewhere."""
-    first = next(module.parameters(), None)
+    first = next((t for tensors in (module.parameters(), module.buffers()) for t in tensors), None)
     if first is None:
         return torch.device("cpu"), torch.float32
     device = first.device
@@ -118,6 +124,13 @@ def put_rows(whole: Tensor, part: Tensor, site: Site, dim: int = 0) -> Tensor:
         at, used = stop, used + stop - start
     pieces.append(whole.narrow(dim, at, whole.shape[dim] - at))
     return torch.cat(pieces, dim)
+
+
+def are_apart(a: Site, b: Site) -> bool:
+    """Are these slices of fused projections without a common row?"""
+    return bool(a.rows and b.rows) and all(
+        stop <= other or end <= start for start, stop in a.rows or () for other, end in b.rows or ()
+    )
 
 
 class Base:
@@ -191,7 +204,9 @@ def folded(module: nn.Module, deltas: Sequence["Delta"]) -> Folded:
     site = deltas[0].site
     weight, bias = matrix(module, site), bias_of(module, site)
     if weight.dtype in (torch.float16, torch.bfloat16):
-        weight, bias = weight.float(), None if bias is None else bias.float()
+        weight = weight.float()
+    if bias is not None and bias.dtype in (torch.float16, torch.bfloat16):
+        bias = bias.float()
     for delta in deltas:
         for tensor in delta._parameters.values():
             if tensor is not None and tensor.is_meta:
@@ -199,7 +214,7 @@ def folded(module: nn.Module, deltas: Sequence["Delta"]) -> Folded:
         if delta.noisy and delta.training and torch.is_grad_enabled():
             raise ValueError(
                 f"{delta.site.name}: its dropout needs the activations, but what stands around it here works on the weight; "
-                f"set dropout to 0, or attach the other at other sites"
+                f"set dropout to 0 in {names_of([delta])}, or attach the other at other sites"
             )
         weight, bias = fold_one(delta, weight, bias)
     return weight, bias
@@ -222,7 +237,7 @@ def trained_base(module: nn.Module, site: Site) -> bool:
 def _is_at_hand(module: nn.Module, site: Site, x: Tensor) -> bool:
     """Is the weight a plain tensor in the activations' dtype, here and whole?"""
     weight = stored(module, site)
-    return not (weight.dtype != x.dtype or quantised(weight) or weight.is_meta or hasattr(weight, "full_tensor"))
+    return not (weight.dtype != x.dtype or quantised(module, site) or weight.is_meta or hasattr(weight, "full_tensor"))
 
 
 def _cast_fold(module: nn.Module, deltas: Sequence["Delta"], dtype: torch.dtype) -> Folded:
@@ -305,10 +320,6 @@ def apply(
 def write(module: nn.Module, site: Site, weight: Tensor, bias: Tensor | None) -> None:
     """Put a folded weight and bias into the module for good. Raises ValueError where the module has no place for it."""
     kept = stored(module, site)
-    if quantised(kept):
-        raise ValueError(
-            f"{site.name}: its weight is kept as {type(kept).__name__}; dequantise the base before merging"
-        )
     own = bias_of(module, site)
     if bias is not None and own is None and site.kind not in ("linear", "conv2d", "norm"):
         raise ValueError(f"{site.name}: a {site.kind} has no bias to merge into")
@@ -316,23 +327,50 @@ def write(module: nn.Module, site: Site, weight: Tensor, bias: Tensor | None) ->
         raise ValueError(f"{site.name}: {type(module).__name__} has no bias to merge into")
     kept.copy_(restored(module, site, weight))
     if bias is not None and own is None:
-        module.bias = nn.Parameter(bias.to(kept.dtype), requires_grad=False)
+        mine = bias.to(kept.dtype, copy=True)  # a method may give its tensor itself, and the next is written here
+        module.bias = nn.Parameter(mine, requires_grad=False)
     elif own is not None:
         own.zero_() if bias is None else own.copy_(bias)
 
 
 def snapshot(module: nn.Module, site: Site) -> SimpleNamespace:
-    """The module's weight and bias, bit for bit, on the CPU: what `write_back` restores."""
+    """The module's weight and bias, bit for bit: what `write_back` restores. A plain one's are copied to the CPU."""
+    kind = storage.format_of(module, site.param)
+    if kind is not None:  # nothing of it is written in place
+        own = {key: module.__dict__[key] for key in ("_parameters", "_buffers", *kind.beside) if key in module.__dict__}
+        return SimpleNamespace(cls=own_class(module), own={k: dict(v) if k[0] == "_" else v for k, v in own.items()})
     bias = bias_of(module, site)
     return SimpleNamespace(
+        cls=None,
         weight=stored(module, site).detach().to("cpu", copy=True),
         bias=None if bias is None else bias.detach().to("cpu", copy=True),
     )
 
 
 @torch.no_grad()
+def unquantise(module: nn.Module, site: Site, dtype: torch.dtype) -> None:
+    """Keep a quantised linear layer's weight as plain numbers. The class is the caller's to change."""
+    kind = storage.format_of(module, site.param)
+    assert kind is not None
+    weight, bias = matrix(module, site), bias_of(module, site)
+    for key in kind.beside:
+        module.__dict__.pop(key, None)
+    plain = {
+        "weight": weight.to(dtype, copy=True),
+        "bias": None if bias is None else bias.detach().to(dtype, copy=True),
+    }
+    module.__dict__["_parameters"] = {
+        key: None if t is None else nn.Parameter(t.contiguous(), requires_grad=False) for key, t in plain.items()
+    }
+    module.__dict__["_buffers"] = {}
+
+
+@torch.no_grad()
 def write_back(module: nn.Module, site: Site, kept: SimpleNamespace) -> None:
-    """Restore a snapshot exactly, a bias that merging added included."""
+    """Restore a snapshot exactly, a bias that merging added included. The class is the caller's to change."""
+    if kept.cls is not None:
+        module.__dict__.update({k: dict(v) if k[0] == "_" else v for k, v in kept.own.items()})
+        return
     stored(module, site).copy_(kept.weight)
     bias = bias_of(module, site)
     if kept.bias is not None:
@@ -340,3 +378,12 @@ def write_back(module: nn.Module, site: Site, kept: SimpleNamespace) -> None:
         bias.copy_(kept.bias)
     elif bias is not None:
         module._parameters["bias"] = None
+
+
+@torch.no_grad()
+def requantise(module: nn.Module, site: Site, weight: Tensor) -> float:
+    """Quantise (O, I) in the place of the layer's own; ||what it keeps - W|| / ||W||."""
+    kind = storage.format_of(module, site.param)
+    assert kind is not None and kind.write is not None
+    kind.write(module, site.param, weight)
+    return float((matrix(module, site).float() - weight.float()).norm() / weight.float().norm().clamp_min(1e-30))

@@ -14,6 +14,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from .base import own_class
+
 Loss = Callable[[Any, Any], Tensor]
 
 
@@ -215,7 +217,9 @@ def looking(model: nn.Module, training: bool, seed: int) -> Iterator[None]:
     kept = [(b, b.clone()) for m in model.modules() if "running_mean" in m._buffers for b in m.buffers(False)]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(sorted(devices, key=str)):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        for device in devices:  # torch.manual_seed reseeds the other GPUs too
+            torch.cuda.default_generators[device.index].manual_seed(seed)
         try:
             model.train(training)
             yield
@@ -224,6 +228,12 @@ def looking(model: nn.Module, training: bool, seed: int) -> Iterator[None]:
                 m.training = mode
             for buffer, value in kept:
                 buffer.copy_(value)
+
+
+def predicts_next(model: nn.Module) -> bool:
+    """Is what the model answers at a token about the next one, as its own loss takes it? A decoder's, by transformers' names."""
+    name, both = own_class(model).__name__, getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return not both and name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
 
 
 def _real(batch: Any) -> Tensor | None:

@@ -15,7 +15,7 @@ import inspect
 import io
 import textwrap
 import tokenize
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from dataclasses import field as with_default
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import unknown
+from .site import share
 
 if TYPE_CHECKING:
     from .method import Delta, Method
@@ -41,7 +42,7 @@ class Per:
 
 
 Where = str | tuple[str, ...] | Per | None
-Layers = int | tuple[int, ...] | None
+Layers = int | tuple[int, ...] | str | None  # a string is a share of each stack's depth, "1/6-1/2"
 
 
 def _plain(values: Mapping[str, Any], kind: type) -> dict[str, Any]:
@@ -67,6 +68,21 @@ def where_of(where: Any) -> Where:
     raise ValueError(f"where must be a text, a list of names or a mapping of places, not {where!r}")
 
 
+def layers_of(layers: Any) -> Layers:
+    """Layers as a user or a file writes them, as plain frozen data. Raises ValueError on anything else."""
+    if isinstance(layers, str):
+        share(layers)
+        return layers
+    if layers is None or isinstance(layers, int) and not isinstance(layers, bool):
+        return layers
+    numbers = tuple(layers) if isinstance(layers, Iterable) else (None,)
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+        raise ValueError(
+            f"layers must be a number, a range, a list of numbers or a share such as '1/6-1/2', not {layers!r}"
+        )
+    return numbers
+
+
 @dataclass(frozen=True, slots=True)
 class Leaf:
     """One method with its hyperparameters and its place."""
@@ -75,7 +91,10 @@ class Leaf:
     config: Any
     where: Where = None
     layers: Layers = None
-    start: Callable[[Any, str], None] | None = with_default(default=None, compare=False, repr=False)  # (adapter, path)
+    # (adapter, path) once it stands; gives what undoes it where it changed more than the adapter's own
+    start: Callable[[Any, str], Callable[[], None] | None] | None = with_default(
+        default=None, compare=False, repr=False
+    )
     frozen: bool = False  # its tensors are saved and not trained
 
     def leaves(self, path: str = "0") -> Iterator[tuple[str, "Leaf"]]:
@@ -255,8 +274,15 @@ def below(path: str, i: int) -> str:
     return f"{path}.{i}" if path else str(i)
 
 
-def tree_from_dict(data: Mapping[str, Any], methods: "Mapping[str, type[Method]]") -> Tree:
-    """The tree that `to_dict` wrote. Raises ValueError on an unknown node, method, hyperparameter or key."""
+def tree_from_dict(
+    data: Mapping[str, Any],
+    methods: "Mapping[str, type[Method]]",
+    other: Callable[[Mapping[str, Any]], Tree] | None = None,
+) -> Tree:
+    """The tree that `to_dict` wrote; `other` reads the parts that are written in another form, with neither op nor method.
+
+    Raises ValueError on an unknown node, method, hyperparameter or key.
+    """
     if not isinstance(data, Mapping):
         raise ValueError(f"a tree is a mapping with a method or an op, not {data!r}")
     if "op" in data:
@@ -273,7 +299,9 @@ def tree_from_dict(data: Mapping[str, Any], methods: "Mapping[str, type[Method]]
         own = data.get("config") or {}
         if not isinstance(own, Mapping):
             raise ValueError(f"config of {data['op']} must be a mapping, not {own!r}")
-        return node(*(tree_from_dict(c, methods) for c in children), **own)
+        return node(*(tree_from_dict(c, methods, other) for c in children), **own)
+    if other is not None and "method" not in data:
+        return other(data)
     keys = ("method", "config", "where", "layers", "frozen")
     extra = data.keys() - set(keys)
     if extra or "method" not in data:
@@ -287,8 +315,7 @@ def tree_from_dict(data: Mapping[str, Any], methods: "Mapping[str, type[Method]]
     frozen = data.get("frozen", False)
     if not isinstance(frozen, bool):
         raise ValueError(f"frozen of {cls.name} must be true or false, not {frozen!r}")
-    layers = tuple(layers) if isinstance(layers, list) else layers
-    return Leaf(cls, cls.configure(**config), where_of(data.get("where")), layers, frozen=frozen)
+    return Leaf(cls, cls.configure(**config), where_of(data.get("where")), layers_of(layers), frozen=frozen)
 
 
 def comments_in(source: Any) -> dict[str, str]:
@@ -329,6 +356,8 @@ class Preset:
     sources: str = ""  # the method whose saved adapters it is made of; then its function takes `sources`
     n_sources: int = 2  # how many of them the contract suite gives it
     in_place: ClassVar[bool] = False
+    quantised: ClassVar[str] = ""
+    rebases: ClassVar[bool] = False
     still: ClassVar[Mapping[str, str]] = {}
     needs_sources: ClassVar[bool] = True
 
@@ -364,7 +393,8 @@ class Preset:
 
     def count(self) -> str:
         """The trained parameters at one site of each method, as formulas."""
-        return "; ".join(f"{leaf.method.name}: {leaf.method.count()}" for _, leaf in self().leaves())
+        counts = (f"{leaf.method.name}: {leaf.method.count()}" for _, leaf in self().leaves())
+        return "; ".join(dict.fromkeys(counts))
 
     @property
     def where(self) -> str:
@@ -458,3 +488,15 @@ def parts_of(delta: nn.Module, mixed: bool = True) -> "list[Delta]":
     if not isinstance(delta, Meet) or not mixed and isinstance(delta, Mixed):
         return [delta]  # type: ignore[list-item]
     return [leaf for part in delta.parts for leaf in parts_of(part, mixed)]
+
+
+def storage_of(tree: Tree) -> str:
+    """The format of `deltatune.quant` that the tree's base has by default: "" for plain, and for what quantises it itself."""
+    return next(
+        (leaf.method.quantised for _, leaf in tree.leaves() if leaf.start is None and leaf.method.quantised), ""
+    )
+
+
+def names_of(deltas: "Sequence[nn.Module]") -> str:
+    """The methods under these, for an error's text: those of one node joined by +."""
+    return ", ".join("+".join(dict.fromkeys(getattr(p, "name", "?") for p in parts_of(d))) for d in deltas)

@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from . import base
 from .files import FINGERPRINT
 from .record import Record
 from .site import Site, all_sites
+
+if TYPE_CHECKING:
+    from .method import Method
 
 N_FINGERPRINT = 4096
 
@@ -59,6 +62,10 @@ def base_fingerprint(model: nn.Module, table: Iterable[Site]) -> Tensor | None:
         before |= {id(model.get_parameter(name)): kept for name, kept in info.originals.items()}
         for mark, kept in (info.merged or {}).items():
             at = mark.partition("|")[0]
+            if kept.cls is not None:  # a quantised linear layer, of which the bias alone counts
+                own = {**kept.own["_buffers"], **kept.own["_parameters"]}
+                moved |= {f"{at}.bias": own["bias"]} if own.get("bias") is not None else {}
+                continue
             moved[f"{at}.weight"] = kept.weight
             if kept.bias is not None:
                 moved[f"{at}.bias"] = kept.bias
@@ -98,6 +105,19 @@ def check_base(model: nn.Module, path: object, card: Mapping[str, Any], tensors:
         raise ValueError(
             f"{path} was made for {card['backbone']} with other weights: this base has the same shape, not the same values"
         )
+
+
+def check_layers(model: nn.Module, path: object, deltas: "Mapping[str, Method]", tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where the part of a file that a delta is given belongs to another layer than the one it stands at.
+
+    `deltas` are by how their keys begin in the file.
+    """
+    for at, delta in deltas.items():
+        own = {n: t for n in delta.state_dict() if (t := tensors.get(f"{at}.{n}")) is not None}
+        try:
+            delta.check_base(base.Base(model.get_submodule(delta.site.module), delta.site), own)
+        except ValueError as error:
+            raise ValueError(f"{path}: {delta.site.name}: {delta.name}: {error}") from None
 
 
 def backbone_id(model: nn.Module) -> str:

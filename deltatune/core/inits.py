@@ -4,8 +4,10 @@
 delta being built, with its hyperparameters and the tensors declared before this one.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +16,14 @@ from torch import Tensor, nn
 from . import shapes
 
 Init = Callable[..., Tensor]
+
+
+@contextlib.contextmanager
+def seeded(key: str, seed: int) -> Iterator[None]:
+    """What is drawn inside comes from `key` and `seed`, on the CPU; every generator, a GPU's too, goes on as if it were not."""
+    with torch.random.fork_rng(devices=()), torch.device("cpu"):
+        torch.default_generator.manual_seed(zlib.crc32(key.encode()) ^ seed)  # torch.manual_seed reseeds the GPUs' too
+        yield
 
 
 def zeros(shape: tuple[int, ...], **_: Any) -> Tensor:
@@ -87,6 +97,11 @@ def row_square(shape: tuple[int, ...], *, base: Any, **_: Any) -> Tensor:
     """|W|^2 of each row"""
     square: Tensor = base.weight.square().sum(1)
     return square
+
+
+def glorot(shape: tuple[int, ...], **_: Any) -> Tensor:
+    """U(-sqrt(6 / (P + D)), sqrt(6 / (P + D))) for (P, D)"""
+    return nn.init.xavier_uniform_(torch.empty(shape))
 
 
 def xavier(shape: tuple[int, ...], **_: Any) -> Tensor:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from . import shapes
 from .bank import Bank
 from .base import Base, place_of
-from .compose import PRESETS, Leaf, Preset, Where, comments_in, meet_fold, meet_post, where_of
+from .compose import PRESETS, Leaf, Preset, Where, comments_in, layers_of, meet_fold, meet_post, names_of, where_of
 from .errors import unknown
 from .inits import Init, kaiming, zeros
 from .site import Site
@@ -94,6 +94,7 @@ class Delta(nn.Module):
     has_linear: bool = False
     has_product: bool = False
     has_around: bool = False
+    changes_input: bool = False  # it stands around a norm, and says by `change` what the norm itself gets
     has_kv: bool = False
     has_tokens: bool = False
     has_embed: bool = False
@@ -102,6 +103,7 @@ class Delta(nn.Module):
     fast: bool = False  # run in activation space here
     random_fold: bool = False  # `fold` draws: it cannot be computed again in the backward
     noisy: bool = False  # its training forward is random: the weight path, which knows no rows, cannot run it
+    seals: bool = False  # its output is its own alone: no gradient goes from it into the backbone
     frame: "Frame"
     switch: "Switch"
     tap: str = ""  # a span's: under which key the entry leaves its input
@@ -174,6 +176,10 @@ class Method(Delta):
         1e-2,
     )  # range of learning rates (AdamW) that the paper and its users take
     in_place: ClassVar[bool] = False  # trains the base's own parameters
+    rebases: ClassVar[bool] = False  # its start quantises the base for good, and a file of it belongs to that base
+    quantised: ClassVar[str] = (
+        ""  # the format of `deltatune.quant` that its base has by default; a plain one is refused
+    )
     helper: ClassVar[bool] = False  # a part of trees, no candidate of a comparison by itself
     schedule: ClassVar["type[Schedule] | None"] = None
     live: ClassVar[tuple[str, ...]] = ()  # hyperparameters that no tensor depends on: `adapter.set` changes them
@@ -246,7 +252,7 @@ class Method(Delta):
             start = partial(from_sources, cls.start, cls.name, cls.sources, folders_of(cls.name, sources))
             if "n_sources" in {f.name for f in fields(cls.Config)}:
                 hyper.setdefault("n_sources", len(sources))
-        return Leaf(cls, cls.configure(**hyper), where_of(where), layer_numbers(layers), start)
+        return Leaf(cls, cls.configure(**hyper), where_of(where), layers_of(layers), start)
 
     @classmethod
     def start(cls, adapter: Any, path: str, sources: "list[Saved]") -> None:
@@ -255,13 +261,19 @@ class Method(Delta):
 
     @classmethod
     def configure(cls, **hyper: Any) -> Any:
-        """The hyperparameters, checked. Raises ValueError with the nearest name, or where a value has another type."""
+        """The hyperparameters, checked. Raises ValueError with the nearest name, where a value has another type, and where
+        a tensor's learning rate would not be above 0.
+        """
         known = {f.name: f for f in fields(cls.Config)}
         for key, value in hyper.items():
             if key not in known:
                 raise unknown(f"hyperparameter of {cls.name}", key, known)
             hyper[key] = _typed(cls.name, key, value, known[key].type)
-        return cls.Config(**hyper)
+        config = cls.Config(**hyper)
+        for key in dict.fromkeys(slot.lr for slot in cls.slots.values() if slot.lr):
+            if getattr(config, key) <= 0:  # torch checks an optimiser's default alone, not its groups'
+                raise ValueError(f"{cls.name}: {key} = {getattr(config, key)}, but it must lie above 0")
+        return config
 
     @classmethod
     def slots_of(cls, config: Any) -> Mapping[str, Slot]:
@@ -304,6 +316,7 @@ class Method(Delta):
         weighted = site.kind in _WEIGHTS or site.kind == "norm"
         self.has_around = site.kind in cls.around_kinds
         self.fast = (self.has_pre or self.has_post) and (not weighted or site.kind in cls.fast_kinds)
+        self.changes_input = self.has_around and site.kind == "norm"
         self.fast = self.fast or self.has_around
         if site.rows and self.has_pre and self.fast:
             self.fast = False  # a slice of a fused projection has no input of its own
@@ -405,7 +418,8 @@ class Method(Delta):
         shared = [key for key, slot in self.slots_of(self.config).items() if slot.shared and slot.train]
         if shared:
             raise ValueError(
-                f"{self.name} trains {', '.join(shared)} for all of its sites at once; it cannot be frozen"
+                f"{self.site.name or 'the model'}: {self.name} trains {', '.join(shared)} for all of its sites at once; it "
+                f"cannot be frozen"
             )
         for key, p in list(self._parameters.items()):
             if p is not None:
@@ -419,6 +433,9 @@ class Method(Delta):
     @classmethod
     def check_set(cls, config: Any, deltas: "Sequence[Method]") -> None:
         """Raise ValueError where the standing deltas of a leaf cannot take these hyperparameters; by default they can."""
+
+    def check_base(self, base: Base, tensors: "Mapping[str, Tensor]") -> None:
+        """Raise ValueError where a file's tensors belong to another layer than `base`; by default they never do."""
 
     def check_ragged(self, tensors: "Mapping[str, Tensor]") -> None:
         """Raise ValueError where a file's ragged tensors do not fit each other, or the site; by default they do."""
@@ -507,24 +524,25 @@ class Meet(Delta):
         self.parts = nn.ModuleList(parts)
         self.has_fold = all(p.has_fold for p in parts)
         self.has_post = all(p.fast and not p.has_pre and not p.has_around for p in parts)
+        self.has_around = self.changes_input = all(p.changes_input for p in parts)
         self.has_kv = any(p.has_kv for p in parts)
         self.has_pre = any(p.has_pre and p.has_kv for p in parts)
         self.has_tokens = any(p.has_tokens for p in parts)
         self.has_embed = any(p.has_embed for p in parts)
         self.reads_call = any(p.reads_call for p in parts)
-        self.fast = self.has_post
+        self.fast = self.has_post or self.has_around
         self.random_fold = any(p.random_fold for p in parts)
+        self.noisy = any(p.noisy for p in parts)
         if op == "average" and (self.has_kv or self.has_tokens or self.has_embed):
-            names = ", ".join(getattr(p, "name", type(p).__name__) for p in parts)
             raise ValueError(
-                f"{self.site.name}: {names} cannot meet in {op}: keys, values and tokens that were learned have no mean; "
+                f"{self.site.name}: {names_of(parts)} cannot meet in {op}: keys, values and tokens that were learned have no mean; "
                 f"Sum and Stack put them one behind the other"
             )
-        if not (self.has_fold or self.has_post or self.has_kv or self.has_tokens or self.has_embed):
-            names = ", ".join(getattr(p, "name", type(p).__name__) for p in parts)
+        if not any((self.has_fold, self.has_post, self.has_around, self.has_kv, self.has_tokens, self.has_embed)):
+            without = names_of([p for p in parts if not p.has_fold])
             raise ValueError(
-                f"{self.site.name}: {names} cannot meet in {op}: one changes the site's input and has no fold; "
-                f"put them side by side with Stack at the top of the tree, or at different sites"
+                f"{self.site.name}: {names_of(parts)} cannot meet in {op}: {without} has no fold, and not all work on the output "
+                f"alone; put them side by side with Stack at the top of the tree, or at different sites"
             )
 
     @property
@@ -540,6 +558,16 @@ class Meet(Delta):
         from .runtime import cast
 
         return meet_post(self.op, self._parts, y, x, lambda part, y, x: cast(part, y.dtype).post(y, x))
+
+    def around(self, x: Tensor, base: Any) -> Tensor:
+        """The layer, whose own input is changed as the node says of its parts' changes."""
+        return base(x, change=self._change)  # type: ignore[no-any-return]
+
+    def _change(self, z: Tensor, layer: Callable[[Tensor], Tensor]) -> Tensor:
+        from .runtime import cast
+
+        asked = Asked(z, layer)
+        return meet_post(self.op, self._parts, z, z, lambda part, z, _: cast(part, z.dtype).around(z, asked))
 
     def pre(self, x: Tensor) -> Tensor:
         """What parts with keys and values look at in the attention's input."""
@@ -574,6 +602,22 @@ class Meet(Delta):
         return torch.stack([batch, *moved]).sum(0)
 
 
+class Asked:
+    """In a layer's place: what a delta around it would change of the layer's own input, and nothing runs behind it.
+
+    Several may be asked of one input `x`, on which the layer runs once.
+    """
+
+    def __init__(self, x: Tensor, layer: Callable[[Tensor], Tensor]) -> None:
+        self.x, self.layer, self.y = x, layer, layer(x)
+
+    def __call__(self, x: Tensor, change: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
+        return change(x, self._read)
+
+    def _read(self, x: Tensor) -> Tensor:
+        return self.y if x is self.x else self.layer(x)
+
+
 def shared_tensor(key: str, delta: Method) -> Tensor:
     """The tensor that `delta` shares with others under the slot `key`."""
     return delta.bank_parameter(key)
@@ -585,19 +629,6 @@ def _blank(cls: type[Method]) -> Method:
 
 def _defined(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def layer_numbers(layers: Any) -> int | tuple[int, ...] | None:
-    """Layers as plain data: None, a number, or a tuple of numbers."""
-    if layers is None or isinstance(layers, int) and not isinstance(layers, bool):
-        return layers
-    try:
-        numbers = tuple(layers)
-    except TypeError:
-        raise ValueError(f"layers must be a number, a range or a list of numbers, not {layers!r}") from None
-    if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
-        raise ValueError(f"layers must be a number, a range or a list of numbers, not {layers!r}")
-    return numbers
 
 
 def _typed(method: str, key: str, value: Any, kind: Any) -> Any:

@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import put_rows, take_rows
-from .method import METHODS, Delta, Meet, Method
+from .base import Base, put_rows, take_rows
+from .compose import names_of
+from .method import METHODS, Asked, Delta, Meet, Method
 from .site import KINDS
 
 MIXERS: "dict[str, type[Mixer]]" = {}
@@ -38,6 +39,11 @@ class Mixer(Method):
         if name:
             MIXERS[name] = METHODS.pop(name)  # type: ignore[assignment]
 
+    def dims(self, base: Base) -> dict[str, Any]:
+        """An embedding gives rows of its table, and ids are nothing to weigh by: its width stands for both."""
+        sizes = super().dims(base)
+        return sizes | {"d_out": self.site.d_in} if self.site.kind == "embedding" else sizes
+
     @property
     def reads_input(self) -> bool:
         """Do the weights depend on the site's input?"""
@@ -54,7 +60,10 @@ class Mixer(Method):
         return True
 
     def weights(self, x: Tensor | None) -> Tensor:
-        """(B or 1, T or 1, n), how much of each child runs; x (B, T, I) is the site's input, at a block what it gives."""
+        """(B or 1, T or 1, n), how much of each child runs.
+
+        x (B, T, I) is the site's input, at a block or an embedding what it gives.
+        """
         raise NotImplementedError
 
     def post(self, y: Tensor, x: Tensor) -> Tensor:
@@ -73,7 +82,7 @@ class Mixer(Method):
         return None
 
     def running(self) -> Collection[int]:
-        """The children that some row of this call may run."""
+        """The children that some row of this call may run, and -1 where some may run none."""
         return range(self.n)
 
     def in_front(self, w: Tensor, parts: Mapping[int, Tensor], dim: int) -> Tensor:
@@ -104,7 +113,7 @@ class Mixed(Meet):
         own = [p for _, p in parts]
         where = self.site.name or "the model"
         self.reads_call = mixer.reads_call or any(p.reads_call for p in own)
-        self.random_fold = any(p.random_fold for p in own)
+        self.random_fold, self.noisy = any(p.random_fold for p in own), any(p.noisy for p in own)
         self.has_kv = any(p.has_kv for p in own)
         self.has_tokens, self.has_embed = (any(getattr(p, f"has_{w}") for p in own) for w in ("tokens", "embed"))
         in_front = self.has_kv or self.has_tokens
@@ -121,9 +130,10 @@ class Mixed(Meet):
         simple = all(p.fast and p.has_post and not (p.has_pre or p.has_around) for p in own)
         self.has_post = on_output and simple
         self.has_around = on_output and not simple
+        self.changes_input = all(p.changes_input for p in own)
         self.fast = on_output or self.has_pre
         if self.has_around and (self.site.entry is not None or self.site.leave is not None):
-            names = ", ".join(sorted({getattr(p, "name", type(p).__name__) for p in own}))
+            names = names_of(own)
             raise ValueError(f"{self.site.name}: {names} cannot be mixed here: one changes the input of a sub-layer")
 
     @property
@@ -173,7 +183,11 @@ class Mixed(Meet):
                 out = torch.where(_of_rows(ids == i, y), run(part), out)
             return out
         changes = {i: run(part) - y for i, part in self._running().items()}
-        x = y if self.site.kind == "block" else x  # behind a block as behind the norm that ends one: what children read
+        if self.site.kind in (
+            "block",
+            "embedding",
+        ):  # what children read: behind a block as behind its norm, and no ids
+            x = y
         mixed: Tensor = cast(self.mixer, y.dtype).mix(x, y, changes, y if seen is None else seen)
         return mixed
 
@@ -196,7 +210,8 @@ class Mixed(Meet):
                 out: Tensor = getattr(seen, word)(*(t[None] for t in given))
                 return out[0]
 
-            return torch.where(_of_rows(at >= 0, head), torch.vmap(one)(own, head, *more), head)
+            made = torch.vmap(one)(own, head, *more)
+            return made if parts.keys() >= {*self.mixer.running()} else torch.where(_of_rows(at >= 0, head), made, head)
         out = head
         for i, part in parts.items():
             run = getattr(cast(part, head.dtype), word)
@@ -208,8 +223,8 @@ class Mixed(Meet):
 
     def around(self, x: Tensor, base: Any) -> Tensor:
         """The same where a child reads the layer itself. What changes a norm's own input is mixed there."""
-        if is_inside(self):
-            return base(x, change=self._inside)  # type: ignore[no-any-return]
+        if self.changes_input:
+            return Meet.around(self, x, base)  # not super(), which a casting view of the node is no instance for
         site, ids = self.site, self.mixer.rows(x)
         if ids is not None and all(part.fast and not part.has_around for part in self._parts):
             x = self._rows("pre", ids, x)
@@ -220,13 +235,11 @@ class Mixed(Meet):
         own = take_rows(y, site, -1)
         return put_rows(y, self._mixed(x, own, lambda part: take_rows(base.under(part, x, y), site, -1)), site, -1)
 
-    def _inside(self, z: Tensor, layer: Callable[[Tensor], Tensor]) -> Tensor:
+    def _change(self, z: Tensor, layer: Callable[[Tensor], Tensor]) -> Tensor:
         from .runtime import cast
 
-        n = layer(z)
-        return self._mixed(
-            n, z, lambda part: cast(part, z.dtype).around(z, Asked(lambda v: n if v is z else layer(v))), n
-        )
+        asked = Asked(z, layer)
+        return self._mixed(asked.y, z, lambda part: cast(part, z.dtype).around(z, asked), asked.y)
 
     def pre(self, x: Tensor) -> Tensor:
         """What learned keys and values, and their weights, read of the attention's input."""
@@ -269,13 +282,6 @@ class Mixed(Meet):
         from .runtime import cast
 
         return self._mixed(batch, batch, lambda part: cast(part, batch.dtype).embed(batch, places))
-
-
-def is_inside(delta: Delta) -> bool:
-    """Does it stand around a norm and change the norm's own input, as all under it do?"""
-    return delta.site.kind == "norm" and (
-        all(map(is_inside, delta._parts)) if isinstance(delta, Mixed) else delta.has_around
-    )
 
 
 def _of_rows(mine: Tensor, like: Tensor) -> Tensor:
@@ -327,13 +333,3 @@ class _Of:
         if isinstance(declared, property):
             return declared.__get__(self, type(self.delta))  # not fget, whose call dynamo does not trace
         return partial(declared, self) if isinstance(declared, FunctionType) else getattr(self.delta, name)
-
-
-class Asked:
-    """In a layer's place: what a delta around it would change of the layer's own input, and nothing runs behind it."""
-
-    def __init__(self, layer: Callable[[Tensor], Tensor]) -> None:
-        self.layer = layer
-
-    def __call__(self, x: Tensor, change: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
-        return change(x, self.layer)

@@ -1,9 +1,35 @@
 """Tensors whose shape the course of the training decides: values at chosen indices, ranks that grow, what was emptied."""
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from .sharded import assign
+
+if TYPE_CHECKING:
+    from .method import Method
+
+
+def ragged_in(
+    path: object, tensors: Mapping[str, Tensor], deltas: "Mapping[str, Method]"
+) -> "dict[str, tuple[Method, str]]":
+    """Of a file's tensors those that bring their own shape: key -> its delta, and its name there.
+
+    `deltas` are by how their keys begin in the file. Raises ValueError where the shapes do not fit a delta.
+    """
+    ragged: dict[str, tuple[Method, str]] = {}
+    for at, delta in deltas.items():
+        own = delta.state_dict().keys() & delta.ragged
+        found = {n: tensors[f"{at}.{n}"] for n in own if f"{at}.{n}" in tensors}
+        ragged |= {f"{at}.{n}": (delta, n) for n in found}
+        if found and found.keys() == own:  # else `check_keys` says what is missing
+            try:
+                delta.check_ragged(found)
+            except ValueError as error:
+                raise ValueError(f"{path}: {delta.site.name}: {error}") from None
+    return ragged
 
 
 @torch.no_grad()

@@ -82,8 +82,9 @@ def mark(site: Site) -> str:
 
 def place(modules: Mapping[str, nn.Module], entry: Entry, part: Delta, frame: Frame, switch: Switch) -> None:
     """Put one delta, or several that meet, at its module."""
-    for delta in (part, *parts_of(part)):
-        delta.__dict__["frame"], delta.__dict__["switch"] = frame, switch
+    for delta in part.modules():  # nodes inside of nodes too
+        if isinstance(delta, Delta):
+            delta.__dict__["frame"], delta.__dict__["switch"] = frame, switch
     if entry.entry is not None:
         if part.site.entry is not None:
             part.tap = f"{entry.module}|{entry.key}"
@@ -106,6 +107,9 @@ def add(module: nn.Module, name: str, key: str, delta: Delta, layer: str) -> Non
     deltas = module._modules["deltas"]
     assert isinstance(deltas, Deltas)
     deltas[key] = delta
+    if delta.site.kind != "span":  # a layer's own deltas are inside those of a span that begins or ends at it
+        for other in [k for k, d in deltas.items() if isinstance(d, Delta) and d.site.kind == "span"]:
+            deltas[other] = deltas.pop(other)
     delta.train(module.training)  # a model in eval mode stays so
     swap(module, name, add=(layer,))
 

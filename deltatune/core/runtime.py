@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from . import base
+from .compose import names_of
 from .method import Delta
 from .site import Site
 
@@ -208,6 +209,8 @@ def adapted(
         if delta.has_fold and not delta.fast:
             cut = i
     inner, outer = live[:cut], live[cut:]
+    if cut:
+        check_folds(inner[:-1], inner[-1])
     if any(delta.has_around for delta in outer):
         return _onion(module, forward, inner, outer, rest, kwargs, x)
     seen = []
@@ -223,6 +226,16 @@ def adapted(
         if delta.has_post and delta.fast and delta.site.leave is None:
             head = post(delta, head, own)
     return (head, *y[1:]) if isinstance(y, tuple) else head
+
+
+def check_folds(inner: Sequence[Delta], outer: Delta) -> None:
+    """Raise ValueError where `outer` works on the weight, and one inside it on activations alone."""
+    for delta in inner:
+        if not delta.has_fold:
+            raise ValueError(
+                f"{outer.site.name}: {names_of([outer])} works on the weight, and cannot stand around {names_of([delta])}, which "
+                f"works on activations alone; put it in front of {names_of([delta])} in the Stack, or at other sites"
+            )
 
 
 Change = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]  # of a layer's own input, given the layer itself
@@ -265,7 +278,10 @@ class Inside:
         return y
 
     def under(self, delta: Delta, x: Tensor, y: Tensor) -> Tensor:
-        """What the layer and all inside give on `x` under `delta` too; `y` is what they give without it."""
+        """What the layer and all inside give on `x` under `delta` too; `y` is what they give without it.
+
+        Of a slice of a fused projection the slice's own rows are meant; the others may be without what is inside.
+        """
         seen = cast(delta, x.dtype)
         if delta.has_around:
             return seen.around(x, self)  # type: ignore[no-any-return]
@@ -274,13 +290,15 @@ class Inside:
                 x = seen.pre(x)
                 y = self(x)
             return post(delta, y, x) if delta.has_post else y
-        if delta.has_linear and delta.site.kind == "linear" and not delta.site.rows:
+        alone = not (self.inner or self.within or delta.site.rows)  # DoRA's norm is that of the layer itself
+        if delta.has_linear and delta.site.kind == "linear" and alone:
             return seen.linear(x, self)  # type: ignore[no-any-return]
-        if self.changes or not all(d.has_fold for d in self.within):
-            raise ValueError(
-                f"{delta.site.name}: a delta inside works on activations, and one in a mixture around it on the weight"
-            )
-        made = base.apply(self.module, self.forward, (*self.inner, *self.within, delta), x, self.rest, self.kwargs)
+        within = [d for d in self.within if not base.are_apart(d.site, delta.site)]
+        check_folds(within, delta)
+        layer = (*self.inner, *within, delta)
+        for change in self.changes:
+            x = change(x, Inside(self.module, self.forward, layer, (), self.rest, self.kwargs))
+        made = base.apply(self.module, self.forward, layer, x, self.rest, self.kwargs)
         return made[0] if isinstance(made, tuple) else made  # type: ignore[no-any-return]
 
 
@@ -512,9 +530,12 @@ def original(module: nn.Module, name: str) -> tuple[type, tuple[str, ...]]:
     return type(module), ()
 
 
-def swap(module: nn.Module, name: str, add: Sequence[str] = (), drop: Sequence[str] = ()) -> None:
-    """Add or drop layers of behaviour. Without any left the module has its own class again."""
+def swap(
+    module: nn.Module, name: str, add: Sequence[str] = (), drop: Sequence[str] = (), own: type | None = None
+) -> None:
+    """Add or drop layers of behaviour. Without any left the module has its own class again, or from now on `own`."""
     cls, layers = original(module, name)
+    cls = own or cls
     if _is_own_forward(module):
         del module.__dict__["forward"]  # else it would outlive the class
     wanted = tuple(n for n in LAYERS if (n in layers or n in add) and n not in drop)

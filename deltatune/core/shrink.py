@@ -221,7 +221,7 @@ def _folded(adapter: Adapter) -> dict[str, Tensor]:
         module, site = adapter.model.get_submodule(name), deltas[0].site
         if len(tied := names.get(id(base.stored(module, site)), [])) > 1:
             raise ValueError(f"shrink: {site.name} is adapted, and its weight is tied: {', '.join(tied)}")
-        if base.quantised(base.stored(module, site)):
+        if base.quantised(module, site):
             raise ValueError(f"shrink: {site.name} is quantised; dequantise the base first")
         weight, bias = base.folded(module, deltas)
         dtype = base.stored(module, site).dtype

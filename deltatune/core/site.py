@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -208,7 +209,7 @@ def expanded(table: Sequence[Site]) -> list[Site]:
 def sites(
     model: nn.Module,
     where: str | Sequence[str],
-    layers: int | Iterable[int] | None = None,
+    layers: int | Iterable[int] | str | None = None,
     kinds: Iterable[str] | None = None,
 ) -> tuple[Site, ...]:
     """The sites that `where` names, in module order.
@@ -219,7 +220,7 @@ def sites(
     "all-linear" (every linear but the heads); a regular expression that matches whole names; a list of names, each
     whole or a suffix after a dot (HF PEFT's rules), or a role. A role of a fused projection selects slices of it.
     Heads are selected by their roles `head` and `lm_head` or by name alone. `layers` are indices into each stack,
-    from its end where negative; `kinds` are those that the method supports.
+    from its end where negative, or a share of its depth, "1/6-1/2" (`share`); `kinds` are those that the method supports.
 
     Raises ValueError where a name, a role, a layer or `kinds` leaves nothing, with the nearest names that would be
     right.
@@ -230,7 +231,7 @@ def sites(
 def select(
     table: Sequence[Site],
     where: str | Sequence[str],
-    layers: int | Iterable[int] | None = None,
+    layers: int | Iterable[int] | str | None = None,
     kinds: Iterable[str] | None = None,
 ) -> tuple[Site, ...]:
     """`sites` on a table that is there already."""
@@ -328,16 +329,42 @@ def _by_regex(table: Sequence[Site], where: str) -> list[Site]:
     return found
 
 
-def _layers(table: Sequence[Site], layers: int | Iterable[int]) -> set[tuple[str, int | None]]:
-    """(stack, index) of every layer that is asked for; an index must lie in one stack at least."""
+def share(layers: str) -> tuple[Fraction, Fraction]:
+    """(a, b) of "a-b", a part of each stack's depth: layer i of n lies in it where a <= (i + 1/2) / n < b.
+
+    a and b are 0, 1 or a fraction: "0-1/6", "1/6-1/2", "5/6-1". A layer's middle lies in one part alone of those that divide
+    0-1, so that each layer does, at any depth. Raises ValueError where it is no share; "0-1", all layers, is none.
+    """
+    parts = re.fullmatch(r"(\d+(?:/[1-9]\d*)?)-(\d+(?:/[1-9]\d*)?)", layers.strip())
+    low, high = map(Fraction, parts.groups()) if parts and "/" in layers else (Fraction(1), Fraction(0))
+    if not 0 <= low < high <= 1:
+        raise ValueError(
+            f"layers={layers!r} is no share of a stack's depth; write two fractions from 0 to 1, the smaller one first: "
+            f"'0-1/6', '1/6-1/2', '5/6-1'"
+        )
+    return low, high
+
+
+def _layers(table: Sequence[Site], layers: int | Iterable[int] | str) -> set[tuple[str, int | None]]:
+    """(stack, index) of every layer that is asked for; an index, or a share's layers, must lie in one stack at least."""
     n_layers: dict[str, int] = {}
     for site in table:
         if site.kind == "block":
             n_layers[site.stack] = n_layers.get(site.stack, 0) + 1
+    sizes = ", ".join(f"{n} layers" + (f" in its {stack}" if stack else "") for stack, n in n_layers.items())
+    if isinstance(layers, str):
+        low, high = share(layers)
+        found: set[tuple[str, int | None]] = {
+            (stack, i) for stack, n in n_layers.items() for i in range(n) if low <= Fraction(2 * i + 1, 2 * n) < high
+        }
+        if not found:
+            raise ValueError(
+                f"layers={layers!r} holds the middle of no layer: this backbone has {sizes or 'no layers'}"
+            )
+        return found
     indices = [layers] if isinstance(layers, int) else list(layers)
     if not indices or not all(isinstance(i, int) for i in indices):
         raise ValueError(f"layers={layers!r} must be an index or several, negative from the end")
-    sizes = ", ".join(f"{n} layers" + (f" in its {stack}" if stack else "") for stack, n in n_layers.items())
     for i in indices:
         if not any(-n <= i < n for n in n_layers.values()):
             raise ValueError(f"layer {i} is out of range: this backbone has {sizes or 'no layers'}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import files
+from .ragged import ragged_in, refill
 from .sharded import assign
 
 
@@ -59,6 +60,8 @@ def saved(folder: str | os.PathLike[str], frozen: bool = False) -> Any:
 
 def _filled(folder: str, own: str, adapter: Any, path: str) -> None:
     """Give the leaf `path` the values that the leaf `own` has in the file."""
+    from .identity import check_layers
+
     (found,) = read(adapter.model, [folder])
     drawn = [d for (p, _), d in adapter.deltas.items() if p == path and d.draws_from_seed]
     if drawn and adapter.bank.seed != found.card["seed"]:
@@ -68,15 +71,24 @@ def _filled(folder: str, own: str, adapter: Any, path: str) -> None:
         )
     want = targets_of(adapter, path, own)
     theirs = {key: t for key, t in found.tensors.items() if key.startswith(f"{own}.") or key in want}
-    files.check_keys(folder, {key: tuple(t.shape) for key, t in want.items()}, theirs)
+    deltas = {f"{own}.{site}": delta for (leaf, site), delta in adapter.deltas.items() if leaf == path}
+    ragged = ragged_in(folder, theirs, deltas)
+    files.check_keys(
+        folder, {key: tuple((theirs[key] if key in ragged else t).shape) for key, t in want.items()}, theirs
+    )
+    check_layers(adapter.model, folder, deltas, theirs)
     with torch.no_grad():
         for key, target in want.items():
-            assign(target, theirs[key])
+            if key in ragged:
+                refill(*ragged[key], theirs[key])
+            else:
+                assign(target, theirs[key])
 
 
 def targets_of(adapter: Any, path: str, own: str) -> dict[str, Tensor]:
     """The tensors of the leaf at `path`, by their keys in a file where that leaf is at `own`."""
     found: dict[str, Tensor] = {}
+    held = {} if adapter.bank is None else adapter.bank.state_dict(keep_vars=True)
     for (leaf, site), delta in adapter.deltas.items():
         if leaf != path:
             continue
@@ -84,7 +96,7 @@ def targets_of(adapter: Any, path: str, own: str) -> dict[str, Tensor]:
         twin = copy.copy(delta)
         twin.path = own
         for key, slot in delta.slots_of(delta.config).items():
-            if slot.shared and slot.train:
+            if slot.shared and delta.__dict__["_bank"][1].get(key) in held:
                 t = delta.bank_parameter(key)
                 found[f"bank.{twin.bank_key(key, slot, tuple(t.shape))}"] = t
     return found
@@ -113,5 +125,8 @@ def from_sources(
     adapter: Any,
     path: str,
 ) -> None:
-    """A leaf's `start` that reads `folders` first."""
+    """A leaf's `start` that reads `folders` first. Raises ValueError where its `n_sources` is not their number."""
+    n = getattr(dict(adapter.tree.leaves())[path].config, "n_sources", len(folders))
+    if n != len(folders):
+        raise ValueError(f"{name}: n_sources = {n}, but {len(folders)} sources are given")
     start(adapter, path, read(adapter.model, folders, method))

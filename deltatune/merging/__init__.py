@@ -7,7 +7,7 @@ A way is a rule and a form. The rule says how n tensors P_i with weights w_i bec
     linear              sum_i w_i P_i
     magnitude_prune     sum_i w_i top(P_i): the share `density` of largest entries, the others 0
     ties                of each entry of the top(P_i) the sign that outweighs the other, and the sum of the w_i P_i that have it,
-                        divided by how many have (2306.01708)
+                        divided by how many have; + where neither outweighs (2306.01708)
     dare_linear         sum_i w_i drop(P_i): a random share `density` of the entries, divided by it, the others 0 (2311.03099)
     dare_ties           drop(P_i), then as ties
 
@@ -36,10 +36,8 @@ from torch import nn
 
 from ..core.adapter import Adapter, adapters, fill
 from ..core.attach import attach, or_off
-from .rules import RULES as RULES
 from .rules import WAYS as WAYS
 from .rules import Sign, check_way, check_weights, rule_of
-from .rules import merged as merged
 from .sources import check_untouched, read_all
 from .tensors import averaged, factors, moved
 from .weights import changes
@@ -81,8 +79,8 @@ def combine(
 ) -> Combined:
     """Put a new adapter on the model, made of several trained ones by a way of `deltatune.merging`.
 
-    `sources` are folders, HF PEFT's too, or adapters, all of this base. `weights` are 1 / n each where none are given; ties divides by
-    those that agree behind them, so give it 1 each. `density`, above 0 and up to 1, is the share that pruning keeps; `sign` lets
+    `sources` are folders, HF PEFT's too, or adapters, all of this base. `weights` are 1 / n each where none are given, and 1 for ties,
+    which divides by those that agree behind them. `density`, above 0 and up to 1, is the share that pruning keeps; `sign` lets
     entries elect by what they add up to or by their number. `rank` is an svd form's, by default the largest of LoRA sources, and
     `keep` the largest share of entries in a values form. `seed` decides what DARE drops. A task head stays the model's own, or
     is that of source number `head`.
@@ -93,10 +91,10 @@ def combine(
     Raises ValueError, and changes nothing, where a number does not fit, the sources are of other bases or other trees, or their
     methods do not have what the way works on.
     """
-    rule, form = check_way(method, density=density, rank=rank, keep=keep, sign=sign)
+    rule, form = check_way(method, density, rank, keep, sign)
     if isinstance(sources, (str, os.PathLike, Adapter)) or not sources:
         raise ValueError(f"combine takes a list of folders or adapters, not {sources!r}")
-    weights = check_weights(weights, len(sources))
+    weights = check_weights(weights, len(sources), rule)
     if head is not None and not 0 <= head < len(sources):
         raise ValueError(f"head = {head}, but it is the number of a source, 0 to {len(sources) - 1}")
     if name in (there := adapters(model)):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -40,8 +40,8 @@ def merged(
 
 
 def trimmed(t: Tensor, density: float) -> Tensor:
-    """The share `density` of largest entries, the others 0."""
-    best = t.abs().flatten().topk(int(density * t.numel())).indices
+    """The share `density` of largest entries, one at least, the others 0."""
+    best = t.abs().flatten().topk(max(1, int(density * t.numel()))).indices
     return torch.zeros_like(t).flatten().index_fill(0, best, 1).view_as(t) * t
 
 
@@ -63,35 +63,42 @@ def rule_of(rule: str, density: float | None, sign: Sign, seed: int) -> Rule:
     return of
 
 
-def check_way(method: str, **numbers: Any) -> tuple[str, str]:
+def check_way(method: str, density: float | None, rank: int | None, keep: float | None, sign: Sign) -> tuple[str, str]:
     """The rule and the form of a way. Raises ValueError where a number is missing, out of place or out of range."""
     if method not in WAYS:
         raise unknown("way to combine", method, WAYS)
+    if sign not in get_args(Sign):
+        raise unknown("way to elect a sign", sign, get_args(Sign))
     fits = {
         "density": [way for way, (rule, _) in WAYS.items() if rule != "linear"],
         "rank": [way for way, (_, form) in WAYS.items() if form == "svd"],
         "keep": [way for way, (_, form) in WAYS.items() if form == "values"],
+        "sign": [way for way, (rule, _) in WAYS.items() if rule.endswith("ties")],
     }
-    if numbers["density"] is None and method in fits["density"]:
+    given = {"density": density, "rank": rank, "keep": keep, "sign": None if sign == "total" else sign}
+    if density is None and method in fits["density"]:
         raise ValueError(f"{method} needs a density, the share of the entries that it keeps")
     for key, ways in fits.items():
-        value = numbers[key]
-        if value is not None and method not in ways:
+        if given[key] is not None and method not in ways:
             raise ValueError(f"{method} takes no {key}; it belongs to {', '.join(ways)}")
-        if value is not None and key != "rank" and not 0 < value <= 1:
-            raise ValueError(f"{key} = {value}, but a share lies above 0 and not above 1")
-    if numbers["rank"] is not None and numbers["rank"] < 1:
-        raise ValueError(f"rank = {numbers['rank']}, but it must be at least 1")
-    if numbers["sign"] not in Sign.__args__:  # type: ignore[attr-defined]
-        raise unknown("way to elect a sign", numbers["sign"], Sign.__args__)  # type: ignore[attr-defined]
+    for key, share in (("density", density), ("keep", keep)):
+        if share is not None and not 0 < share <= 1:
+            raise ValueError(f"{key} = {share}, but a share lies above 0 and not above 1")
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank = {rank}, but it must be a whole number, and at least 1")
     return WAYS[method]
 
 
-def check_weights(weights: Sequence[float] | None, n: int) -> list[float]:
-    """A weight for each of n, 1 / n where none are given."""
-    weights = [1 / n] * n if weights is None else [float(w) for w in weights]
-    if len(weights) != n:
-        raise ValueError(f"{len(weights)} weights for {n} adapters")
-    if not all(map(math.isfinite, weights)):
-        raise ValueError(f"the weights {weights} are not all finite")
-    return weights
+def check_weights(weights: Sequence[float] | None, n: int, rule: str) -> list[float]:
+    """A weight for each of n; where none are given 1 / n, for ties, which divides by those that agree, 1."""
+    if weights is None:
+        return [1.0 if rule.endswith("ties") else 1 / n] * n
+    try:
+        found = [float(w) for w in weights]
+    except TypeError:
+        raise ValueError(f"weights are numbers, one for each of the {n} adapters, not {weights!r}") from None
+    if len(found) != n:
+        raise ValueError(f"{len(found)} weights for {n} adapters")
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"the weights {found} are not all finite")
+    return found

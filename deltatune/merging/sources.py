@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core import base, files
 from ..core.adapter import Adapter
-from ..core.attach import load
+from ..core.attach import load, loaded
 from ..core.compose import Tree, tree_from_dict
 from ..core.method import METHODS
 from ..core.record import HEAD
@@ -38,13 +38,15 @@ class Source(Saved):
         return tree_from_dict(self.tree, METHODS)
 
     def attached(self, model: nn.Module, stack: contextlib.ExitStack) -> Adapter:
-        """Itself on the model, off and in fp64, until the stack closes."""
-        adapter = load(model, self.folder, name=_free(model, f"source-{self.number}"))
+        """Itself on the model without its task head, which may be of another width, off and in fp64, until the stack closes."""
+        own = {key: t for key, t in self.tensors.items() if not key.startswith(f"{HEAD}.")}
+        name = _free(model, f"source-{self.number}")
+        adapter = loaded(model, self.folder, {**self.card, "head": False}, own, name=name)
         stack.callback(adapter.detach)
         adapter.disable()
-        for own in (*adapter.deltas.values(), adapter.bank):
-            if own is not None:
-                own.double().eval()
+        for module in (*adapter.deltas.values(), adapter.bank):
+            if module is not None:
+                module.double().eval()
         return adapter
 
     def head(self, model: nn.Module) -> dict[str, Tensor]:

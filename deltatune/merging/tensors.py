@@ -26,17 +26,16 @@ def averaged(
     if any(one.in_place for one in sources):
         raise ValueError(f"{form} adds tensors, and these train the base itself; linear adds what they changed of it")
     adapter = first.attached(model, stack)
-    slots = [s for d in adapter.deltas.values() for s in d.slots_of(d.config).values()]
     for one in sources[1:]:
         if _without_dropout(one.tree) != _without_dropout(first.tree) or one.card["sites"] != first.card["sites"]:
             raise apart(first, one)
-        if one.card["seed"] != first.card["seed"] and any(s.shared and not s.train for s in slots):
+        if one.card["seed"] != first.card["seed"] and any(d.draws_from_seed for d in adapter.deltas.values()):
             raise ValueError(
                 f"the sites share tensors that are drawn from the seed: {first.card['seed']} in {first.label}, "
                 f"{one.card['seed']} in {one.label}"
             )
-    for (path, site), delta in adapter.deltas.items():
-        if form == "negate_b" and path != HEAD and pair_of(model, delta) is None:
+    for (_, site), delta in adapter.deltas.items():
+        if form == "negate_b" and pair_of(model, delta) is None:
             raise ValueError(f"{site}: {delta.name} is not W + s B A, whose B negate_b negates; take svd or values")
     trained = {key for key, _ in adapter.named_parameters()}
     each = [{key: t for key, t in one.tensors.items() if not key.startswith(f"{HEAD}.")} for one in sources]

@@ -36,6 +36,7 @@ def changes(
     there = [_stands(model, one, stack) for one in sources]
     if low := method.endswith("svd"):
         rank = _largest_rank(there) if rank is None else rank
+    from_factors = method == "svd" and not any(one.in_place for one in sources)
     table = {(s.module, s.param): s for s in all_sites(model) if s.kind in Values.kinds | LoRA.kinds}
     _check_reached(model, sources, [key for key, site in table.items() if site.role != HEAD])
     made: dict[str, Put] = {}
@@ -53,7 +54,7 @@ def changes(
                 continue
             if low and site.kind != "norm":
                 assert rank is not None
-                pairs = _pairs(model, site, here, weights) if method == "svd" else None
+                pairs = _pairs(model, site, here, weights) if from_factors else None
                 made[site.name], left_out[site.name] = _low_rank(site, pairs or weight, bias, rank)
             else:
                 made[site.name], left_out[site.name] = _values(site, module, weight, bias, keep)
@@ -73,8 +74,6 @@ def _stands(model: nn.Module, source: Source, stack: contextlib.ExitStack) -> St
         return found
     adapter = source.attached(model, stack)
     for entry, _, delta in standing(model, model.__dict__["_deltatune"].infos[adapter.name], adapter.name):
-        if HEAD in entry.sites:
-            continue
         if not delta.has_fold:
             here = [d for (path, site), d in adapter.deltas.items() if entry.sites.get(path) == site]
             methods = sorted({d.name for d in here if not d.has_fold} or {d.name for d in here})
@@ -190,7 +189,7 @@ def _values(
     if own is not None:
         parts.append(zeros.new_zeros(site.d_out) if bias is None else bias)
     flat = torch.cat(parts)
-    kept = flat if keep is None else trimmed(flat, max(keep, 1 / flat.numel()))
+    kept = flat if keep is None else trimmed(flat, keep)
     index = kept.nonzero().flatten().to(torch.int32)
     if 2 * index.numel() > kept.numel():  # then indices would take more room than zeros
         index, values = index[:0], kept

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.base import own_class
+from ..core.calibrate import predicts_next
 from ..core.compose import Per
 from ..core.inits import kaiming, normal, zeros
 from ..core.method import Method, param
@@ -25,8 +26,9 @@ class TwoPasses(Schedule):
     """Runs each forward of the training twice: loss + w / 2 (KL(q || p) + KL(p || q)), p and q the two passes' answers.
 
     The first distribution of each KL takes no gradient; the second pass has no other loss. The answers are the outputs
-    called logits: of the rows, or of the tokens that have a label, next tokens where the model predicts those. The term is
-    in the model's own loss; of a model that gives none it rides on the answers, where an fp16 loss scale does not reach it.
+    called logits: of the rows, or of the tokens that have a label, next tokens where the model predicts those. A regression
+    has no distributions, and runs once. The term is in the model's own loss; of a model that gives none it rides on the
+    answers, where an fp16 loss scale does not reach it.
     """
 
     def begin(self, optimizer, n_steps, n_micro=1):
@@ -65,13 +67,21 @@ class TwoPasses(Schedule):
             return None
         if not self.sites[0].switch.on:
             return None
+        mine, names = _answers(model, out), list(inspect.signature(type(model).forward).parameters)[1:]
+        if not mine:
+            return None
+        known = dict(zip(names, args, strict=False)) | kwargs
+        if "task_ids" in names and known.get("task_ids") is not None:
+            raise ValueError(
+                f"adamix compares all logits of a row, and those of {own_class(model).__name__} are of several tasks side by "
+                f"side; set consistency=0"
+            )
         self.again = True
         try:
             other = model(*args, **kwargs)
         finally:
             self.again = False
-        known = dict(zip(list(inspect.signature(type(model).forward).parameters)[1:], args, strict=False)) | kwargs
-        mine, theirs = _answers(model, out), _answers(model, other)
+        theirs = _answers(model, other)
         n_items = known.get("num_items_in_batch")
         term = sum(_apart(model, mine[key], theirs[key], known, n_items) for key in mine)
         if isinstance(out, Tensor):
@@ -85,16 +95,21 @@ class TwoPasses(Schedule):
 
 
 def _answers(model, out):
-    """What the model says of a batch, by name. Raises ValueError where it says nothing."""
-    if isinstance(out, Tensor):
-        return {"": out}
-    found = {k: v for k, v in out.items() if k.endswith("logits") and v is not None} if hasattr(out, "items") else {}
+    """What the model says of a batch, by name: distributions of rows or tokens. Raises ValueError where it says nothing."""
+    found = out.items() if hasattr(out, "items") else [("logits", out)] if isinstance(out, Tensor) else []
+    found = {k: v for k, v in found if k.endswith("logits") and v is not None}
     if not found:
         raise ValueError(
             f"adamix compares the answers of two passes, and {own_class(model).__name__} gives no logits; train the model "
             f"with its head and return_dict=True, or set consistency=0"
         )
-    return found
+    for key, value in found.items():
+        if value.ndim > 3:
+            raise ValueError(
+                f"adamix compares the answers for rows or tokens, and {own_class(model).__name__} gives {key} of shape "
+                f"{tuple(value.shape)}; set consistency=0"
+            )
+    return {k: v for k, v in found.items() if v.ndim > 1 and v.shape[-1] > 1}
 
 
 def _apart(model, mine, theirs, known, n_items):
@@ -112,7 +127,7 @@ def _asked(model, logits, known):
     """(B, T or T - 1), the tokens whose answers have a label; without labels of tokens, the real ones."""
     labels, shape = known.get("labels"), logits.shape[:2]
     if isinstance(labels, Tensor) and labels.shape == shape and not labels.is_floating_point():
-        return (labels[:, 1:] if own_class(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else labels) != -100
+        return (labels[:, 1:] if predicts_next(model) else labels) != -100
     for key in ("decoder_attention_mask", "attention_mask"):
         mask = known.get(key)
         if isinstance(mask, Tensor) and mask.shape == shape:
@@ -210,11 +225,12 @@ class AdaMixLoRA(Experts, LowRank, name="adamix_lora"):
     """W' = W + (alpha / r) B_j A_i, expert i and j drawn for each forward of the training, then their mean; B = 0 at the start.
 
     The B_j are one by default, and the A_i start as one, as in the paper's code. Each batch runs twice, and the loss asks
-    that the passes agree. The file holds one `lora`, and a merge is that of the mean.
+    that the passes agree. The file holds one `lora`, and a merge is that of the mean. The weight of 100 is that of the paper's
+    code for generation, at a learning rate of 2e-4; beside it a rate of 1e-2, LoRA's own, trains little but the agreement.
     """
 
     where = "q,v"
-    lr = (2e-4, 2e-2)
+    lr = (2e-4, 5e-3)
     halves = {"down": ("a",), "up": ("b",)}
     plain = LoRA
     n_experts: int = 8  # experts

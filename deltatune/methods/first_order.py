@@ -1,7 +1,6 @@
 """Pruning to a budget by what the loss would lose, to first order: the scores, the rounds and the new start of any method."""
 
 import math
-import zlib
 from functools import partial
 from typing import ClassVar
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core import shapes
+from ..core.inits import seeded
 from ..core.method import Method, fixed, param
 from ..core.ragged import refill
 from ..core.schedule import Schedule
@@ -110,8 +110,7 @@ class Pruning(Schedule):
 
     def _start_anew(self):
         for key, d in self.deltas().items():
-            with torch.random.fork_rng(devices=()), torch.device("cpu"):  # the same on every device, resumed or not
-                torch.manual_seed(zlib.crc32(key.encode()) ^ self.adapter.seed)
+            with seeded(key, self.adapter.seed):  # the same on every device, resumed or not
                 starts = d.anew()
             for name, p in d.named_parameters():
                 p.copy_(starts[name])

@@ -1,6 +1,7 @@
 """LoRAHub: coefficients of trained LoRA modules, found over a few shots without a gradient."""
 
 import importlib
+import math
 import random
 import traceback
 import warnings
@@ -26,8 +27,11 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 
 def own_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The model's own."""
-    return model(**batch).loss
+    """The model's own. Raises ValueError where it has none."""
+    loss = model(**batch).loss
+    if loss is None:
+        raise ValueError(f"the batches hold {', '.join(batch)}, and the model has no loss without labels")
+    return loss
 
 
 @torch.no_grad()
@@ -111,6 +115,13 @@ def lora_hub(
     folders = folders_of("lora_hub", sources)
     if weights and len(weights) != len(folders):
         raise ValueError(f"lora_hub: {len(weights)} weights for {len(folders)} sources")
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"lora_hub: the weights {tuple(weights)} are not all finite")
+    shots = list(batches)
+    if isinstance(batches, Mapping) or batches != () and not shots:
+        raise ValueError(f"lora_hub: batches are a list of the model's keywords, at least one, not {batches!r:.80}")
+    if weights and shots:
+        raise ValueError("lora_hub: give weights that are known, or batches to find them over, not both")
     for key, value, least in (("budget", budget, 1), ("l1", l1, 0)):
         if value < least:
             raise ValueError(f"lora_hub: {key} = {value}, but it must be at least {least}")
@@ -120,7 +131,7 @@ def lora_hub(
     if card["tree"].get("method") != "lora":
         raise ValueError(f"{folders[0]} holds {card['tree'].get('method', card['tree'].get('op'))!r}, not 'lora'")
     find = partial(searched, budget=budget, bound=bound, seed=seed)
-    shots, score = list(batches), partial(objective, loss=loss or own_loss, l1=l1)
+    score = partial(objective, loss=loss or own_loss, l1=l1)
     start = partial(_from_modules, folders, tuple(weights), shots, score, find)
     return replace(tree_from_dict(card["tree"], METHODS), start=start)
 
@@ -165,9 +176,12 @@ def _from_modules(
 
     def of(weights: Sequence[float]) -> float:
         mix(weights)
-        return score(adapter.model, shots, weights)
+        found = score(adapter.model, shots, weights)
+        if not math.isfinite(found):
+            raise ValueError(f"lora_hub: the loss is {found} at the coefficients {weights}; see to it, or lower bound")
+        return found
 
-    if shots and not weights:
+    if shots:
         with looking(adapter.model, False, adapter.seed):
             weights = tuple(find(of, len(saved)))
     weights = weights or (1 / len(saved),) * len(saved)

@@ -5,9 +5,11 @@ from typing import Any
 from ..core.compose import Stack, Sum, Tree, preset
 from .baseline import Copy
 from .bottleneck import Parallel, Sequential
+from .lora import LoRA
 from .mam_pruning import SParallel, SPrefix, UParallel, UPrefix
 from .prefix import PrefixTuning
 from .rescale import Hadamard
+from .vectors import BitFit
 
 
 @preset(
@@ -115,3 +117,57 @@ def hadamard(
     Behind the attention's residual add where a norm stands there, else in front of the MLP.
     """
     return Stack(Hadamard(head_first=head_first), Copy(where="attn_norm|mlp_norm"))
+
+
+@preset(
+    "s4",
+    paper="2301.01821",
+    category="hybrid",
+    lr=(3e-4, 5e-3),
+    exceptions={
+        "identity": "prefixes take a share of the attention from the start, and its adapters start near the identity"
+    },
+)
+def s4(
+    budget: int = 30,  # numbers trained in each layer, in units of twice the model's width d
+) -> Tree:
+    """Layers in four groups, few at both ends: adapter, LoRA | adapter, prefix | adapter, prefix, BitFit | prefix, BitFit, LoRA.
+
+    The groups found by search on T5-base, bottom up: 1/6, 1/3, 1/3 and 1/6 of each stack's depth, 2, 4, 4 and 2 of 12 layers.
+    A backbone needs a stack of four layers or more.
+
+    All layers train about as many numbers. Where attention is as wide as the model, d, and the MLP 4 d, in units of 2 d: an
+    adapter of width r has r + 0.5, and r numbers more; LoRA of rank k on q and v 2 k; a prefix of length n has n; BitFit 5.5,
+    or 4.5 where norms have no bias (T5), and with cross-attention 2 to 2.5 more. A group divides the budget evenly, after 5
+    for BitFit. Of 30 a layer of the four groups has 30.5, 30.5, 31, 30.5 on BERT; 30.5, 30.5, 30, 29.5 in T5's encoder and
+    30.5, 30.5, 32, 31.5 in its decoder: 0.5 % of T5-base, the paper's budget.
+
+    How a group divides its numbers, one adapter a layer, at Pfeiffer's place, and LoRA and prefixes on self-attention alone, so
+    that both stacks' layers are alike, are ours: the paper's code has no groups. On the norm N that ends a block BitFit's d
+    comes last: N(z + A(N(z))) + d.
+    """
+    if budget < 9:
+        raise ValueError(
+            f"s4: budget is {budget}; it must be at least 9: 5 for BitFit, 2 for LoRA of rank 1, 2 beside it"
+        )
+
+    def adapter(r: int, layers: str) -> Tree:
+        return Sequential(r=r, where="post_norm|block", layers=layers)
+
+    def lora(r: int, layers: str) -> Tree:
+        return LoRA(r=r, alpha=2.0 * r, where="attn.q,attn.v", layers=layers)
+
+    first, second, third, fourth = "0-1/6", "1/6-1/2", "1/2-5/6", "5/6-1"
+    rest = budget - 5
+    return Stack(
+        adapter(budget - 2 * (budget // 4), first),
+        lora(budget // 4, first),
+        adapter(budget - budget // 2, second),
+        PrefixTuning(n=budget // 2, layers=second),
+        BitFit(layers=third),
+        adapter(rest - rest // 2, third),
+        PrefixTuning(n=rest // 2, layers=third),
+        PrefixTuning(n=rest - 2 * (rest // 4), layers=fourth),
+        BitFit(layers=fourth),
+        lora(rest // 4, fourth),
+    )

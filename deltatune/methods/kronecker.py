@@ -97,4 +97,5 @@ class KronARes(KronA, name="krona_res"):
         return site.layer is not None  # a span over several blocks has no input to be beside
 
     def post(self, y, x):
-        return KronA.post(self, y, x) + self.residual * x  # no super(): this may run on a view that casts
+        # no super(): this may run on a view that casts. Under autocast x may be wider than y
+        return KronA.post(self, y, x) + (self.residual * x).to(y.dtype)

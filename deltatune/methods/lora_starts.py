@@ -81,13 +81,6 @@ class LoRAPlus(LoRA, name="lora_plus"):
     b: Tensor = param("d_out r", lr="ratio")
     d: Tensor = param("d_out", lr="ratio")
 
-    @classmethod
-    def configure(cls, **hyper):
-        config = super().configure(**hyper)
-        if config.ratio <= 0:
-            raise ValueError(f"{cls.name}: ratio = {config.ratio}, but it must lie above 0")
-        return config
-
 
 class Corrected(Schedule):
     """g_B' = g_B (A A^T)^-1 / s^2: the gradient of the whole weight that B can follow best, s (g_B' A) nearest to it."""

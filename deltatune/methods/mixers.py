@@ -217,7 +217,7 @@ class RowMixer(Mixer, name="rows"):
         return stash["adapter_ids that occur"].tolist()
 
     def running(self):
-        return range(self.n) if torch.compiler.is_compiling() else self.known()
+        return range(-1, self.n) if torch.compiler.is_compiling() else self.known()
 
     def weights(self, x):
         ids = self.rows(x)
@@ -232,9 +232,13 @@ class RowMixer(Mixer, name="rows"):
             )
         if not torch.compiler.is_compiling() and (without := sorted({*self.known()} - parts.keys())):
             raise ValueError(
-                f"{at}: the rows of adapter_ids {without} have no tokens in front here and others of this batch do; run them "
-                f"apart"
+                f"{at}: the rows of adapter_ids {without} put no tokens in front here and others of this batch do; run them apart"
             )
+        if torch.compiler.is_compiling():  # else those rows would have another child's
+            says = (
+                f"{at}: rows without learned tokens in front cannot run in a graph where another row's child has some"
+            )
+            torch._assert_async((w[:, 0, sorted(parts)] > 0).any(1).all(), says)
         first, *others = parts.items()
         out = first[1].expand(len(w), *[-1] * (first[1].ndim - 1))
         for i, part in others:

@@ -38,6 +38,10 @@ class Side(Method):
         """Is this the last block of its stack?"""
         return self.site.layer == self.site.n_layers - 1
 
+    @property
+    def seals(self):
+        return self.is_end and self.site.stack != "encoder"  # whose output stays the backbone's
+
     def key(self, what):
         """Under which name one adapter's leaf leaves something for a later block."""
         return f"deltatune_{id(self.switch)}.{self.path}.{what}"
@@ -140,7 +144,7 @@ class Pruned(Schedule):
         parts = [p for _, own, _ in blocks for p in own.values() if p.site.kind == "linear"]
         parts.append(Base(model.get_submodule(embed.module), embed))
         for part in parts:
-            if quantised(stored(part.module, part.site)):
+            if quantised(part.module, part.site):
                 raise ValueError(
                     f"{part.site.name}: lst: its weight is quantised and has no gradient; use weights='random'"
                 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.base import own_class
-from ..core.calibrate import Gradients, collect, looking
+from ..core.calibrate import Gradients, collect, looking, predicts_next
 from ..core.method import Method, fixed, param
 from ..core.ragged import refill
 from ..core.refold import linear
@@ -204,7 +204,7 @@ def _own_labels(loss, model, batch):
             f'fish_mask: labels="drawn" needs labels that are classes, one for each answer; {name} has others'
         )
     new = torch.distributions.Categorical(logits=logits.float()).sample()
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
+    if predicts_next(model):
         new = torch.cat([labels[:, :1], new[:, :-1]], 1)
     return loss(model, {**batch, "labels": new.where(labels >= 0, labels)})
 

@@ -351,6 +351,10 @@ def SparseAdapter(
 
 def _form(leaf: Leaf, method: type[Masked], choice, k: int) -> Leaf:
     config, where = asdict(leaf.config), leaf.method.where if leaf.where is None else leaf.where
+    if leaf.start is not None:
+        raise ValueError(
+            f"SparseAdapter: {leaf.method.name} comes with its values from files; a mask is chosen of fresh ones"
+        )
     if k > 1 and "r" not in config:
         raise ValueError(f"{leaf.method.name} has no width r that could be {k} times as large")
 

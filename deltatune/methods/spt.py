@@ -1,14 +1,13 @@
 """Sensitivity decides where to train: a low-rank update of what is sensitive all over, single entries elsewhere."""
 
 import math
-import zlib
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.calibrate import Gradients, collect, looking
-from ..core.inits import kaiming
+from ..core.inits import kaiming, seeded
 from ..core.method import param
 from ..core.ragged import refill
 from ..core.sharded import whole
@@ -50,8 +49,7 @@ class Sensitivity(Chooser):
         found = {}
         for name, d in deltas.items():
             matrix = (name, "weight") in full and d.site.kind != "norm"
-            with torch.random.fork_rng(devices=()), torch.device("cpu"):
-                torch.default_generator.manual_seed(zlib.crc32(name.encode()) ^ self.adapter.seed)  # not the GPUs' too
+            with seeded(name, self.adapter.seed):
                 d.factors(d.r if matrix else 0)
             own = [
                 torch.arange(parts[name, key][0].numel()) if (name, key) in full else sensitive[name, key]

@@ -18,7 +18,7 @@ class TokenRouter(Method):
     def shares(self, x):
         """(..., E), the softmax in fp32."""
         logits = F.linear(x, self.router)
-        return logits.softmax(-1, torch.promote_types(logits.dtype, torch.float32)).to(x.dtype)
+        return logits.softmax(-1, torch.promote_types(logits.dtype, torch.float32)).to(logits.dtype)
 
 
 class HydraLoRA(TokenRouter, name="hydra_lora"):

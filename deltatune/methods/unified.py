@@ -14,6 +14,7 @@ from ..core import bits, shapes
 from ..core.inits import normal, uniform
 from ..core.method import Method, Slot, bank, fixed, param, shared_tensor
 from . import bottleneck, lora
+from .task_gates import TaskGates
 
 
 class ProPELT(Method):
@@ -23,7 +24,8 @@ class ProPELT(Method):
     file holds the prototypes and one bit for each masked entry, and loads with `masks="fixed"`.
 
     With `n_tasks` above 1 a row's mask is m_l or m_t, m_t of its task and the same in all layers: L + T masks for L layers
-    and T tasks. The rows' tasks are the call's `task_ids`; `adapter.set(task=t)` runs all rows as one, and then it merges.
+    and T tasks. The rows' tasks are the call's `task_ids`; `adapter.set(task=t)` says it for rows that come without, and then
+    it merges.
     """
 
     paper = "2305.17682"
@@ -38,7 +40,9 @@ class ProPELT(Method):
     combine: Literal["or", "and", "add", "each"] = (
         "or"  # of layer and task: either, both, their sum, or a mask for each pair
     )
-    task: int | None = None  # the task of all rows; None: the call's
+    task: int | None = None  # the task of rows without task_ids, and of what is merged
+    draws_from_seed = False  # masks that are fixed for all sites are in the file
+    one_task = TaskGates.one_task
 
     def __init_subclass__(cls, name="", **kwargs):
         super().__init_subclass__(name=name, **kwargs)
@@ -86,7 +90,7 @@ class ProPELT(Method):
     def build(self, base, dtype):
         if self.n_tasks < 1:
             raise ValueError(f"n_tasks = {self.n_tasks}, but it must be at least 1")
-        self.reads_call = self.n_tasks > 1
+        self.reads_call = self.random_fold = self.n_tasks > 1  # the running call is over in the backward
         shared, _ = self.__dict__["_bank"]
         # a bank draws what is fixed from its seed and no file holds it; masks are held
         held = {key: slot for key, slot in self.slots_of(self.config).items() if slot.shared and not slot.train}
@@ -100,7 +104,9 @@ class ProPELT(Method):
 
     def rows(self, x):
         """(B), the tasks of the rows of x where each has its own; None where all have one."""
-        return None if self.n_tasks == 1 or self.task is not None else self.tasks(len(x), x.device)
+        if self.n_tasks == 1 or self.task is not None and self.call.task_ids is None:
+            return None
+        return self.tasks(len(x), x.device)
 
     def of(self, key, x):
         """The prototype under its mask, in x's dtype; under each row's, (B, ...), where rows have tasks."""
@@ -110,12 +116,13 @@ class ProPELT(Method):
 
     def mask(self, key, shape, rows=None):
         """The 0 and 1 of one masked tensor, or (B, ...) of the tasks of the rows; where they are added, also 2."""
-        pick = self.task if rows is None else rows
         if self.n_tasks == 1:
             return self.read(key, shape)
+        if rows is None:
+            return self.mask(key, shape, self.one_task())[0]
         if self.combine == "each":
-            return self.read(key, shape, self.n_tasks)[pick]
-        of_layer, of_task = self.read(key, shape), self.read(f"{key}task_", shape, self.n_tasks)[pick]
+            return self.read(key, shape, self.n_tasks)[rows]
+        of_layer, of_task = self.read(key, shape), self.read(f"{key}task_", shape, self.n_tasks)[rows]
         if self.combine == "or":
             return 1 - (1 - of_layer) * (1 - of_task)
         return of_layer * of_task if self.combine == "and" else of_layer + of_task

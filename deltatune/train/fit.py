@@ -29,6 +29,7 @@ class Plan:
     weight_decay: float = 0.01  # of matrices; vectors take none
     warmup: float = 0.06  # share of the steps
     clip: float = 1.0  # largest norm of the gradient
+    by_length: bool = True  # rows of like length in a batch: less padding
     seed: int = 0  # of the order of rows, dropout and starts
     bf16: bool = False  # autocast to bfloat16
     checkpointing: bool = False  # recompute activations
@@ -109,7 +110,7 @@ def fit(
             max_grad_norm=plan.clip,
             seed=plan.seed,
             bf16=plan.bf16,
-            train_sampling_strategy="group_by_length",
+            train_sampling_strategy="group_by_length" if plan.by_length else "random",
             logging_strategy="steps",
             logging_steps=max(1, plan.n_steps // 25),
             save_strategy="steps" if plan.save_steps else "no",

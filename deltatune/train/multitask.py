@@ -77,6 +77,10 @@ class TaskHead:
     labels: tuple[str, ...] = ()
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not self.labels and not 0 < self.scale < math.inf:
+            raise ValueError(f"task {self.name!r}: scale = {self.scale}, but an error is divided by a number above 0")
+
     @classmethod
     def of(cls, task: "AnyTask | TaskHead") -> "TaskHead":
         """The head of a task. Of a value, `scale` is the variance of the training rows: guessing their mean has the loss 1,
@@ -160,7 +164,9 @@ class Heads(nn.Module):
         mine, scale, first = self.mine[task_ids], self.scale[task_ids].to(logits.dtype), self.first[task_ids]
         is_value = scale > 0
         target = torch.where(is_value, 0, labels.long())
-        if not torch.compiler.is_compiling() and bool((odd := (target < 0) | (target >= mine.sum(1))).any()):
+        if not torch.compiler.is_compiling() and bool(
+            (odd := (target < 0) | (target >= mine.sum(1)) | ~is_value & (labels != target)).any()
+        ):
             row = int(odd.nonzero()[0])
             task = self.tasks[int(task_ids[row])]
             raise ValueError(
@@ -240,7 +246,7 @@ def add_heads(model: nn.Module, tasks: "Sequence[AnyTask | TaskHead]") -> nn.Mod
             f"{type(model).__name__} has no task head of num_labels = {n_labels} outputs; AutoModelForSequenceClassification gives one"
         )
     root, _, inner = last[-1].partition(".")
-    old, std = model.get_submodule(root), float(getattr(config, "initializer_range", 0.02))
+    old = model.get_submodule(root)
 
     def make(n_outputs: int) -> nn.Module:
         new = copy.deepcopy(old)
@@ -250,13 +256,11 @@ def add_heads(model: nn.Module, tasks: "Sequence[AnyTask | TaskHead]") -> nn.Mod
                     module.in_features, n_outputs if name == inner else module.out_features, module.bias is not None,
                     module.weight.device, module.weight.dtype,
                 )  # fmt: skip
-                nn.init.normal_(fresh.weight, std=std)
-                if fresh.bias is not None:
-                    nn.init.zeros_(fresh.bias)
-                if not name:
-                    return fresh
-                new.set_submodule(name, fresh)
-        return new
+                if name:
+                    new.set_submodule(name, fresh)
+                else:
+                    new = fresh
+        return new.apply(model._init_weights)  # type: ignore[arg-type]  # by the architecture's own rule
 
     made = Heads(heads, make).to(next(old.parameters()).device).train(model.training)
     setattr(model, root, made)
@@ -370,8 +374,13 @@ Report = Callable[[str, int, int], None]  # task, how many of its rows are done,
 def predict_tasks(
     model: nn.Module, rows: Rows, collate: JointCollate, batch: int = 64, report: Report | None = None
 ) -> dict[str, Tensor]:
-    """By task, in the order of its own rows: (n_i, C_i) logits or values, fp32 on the CPU."""
+    """By task, in the order of its own rows: (n_i, C_i) logits or values, fp32 on the CPU.
+
+    Raises ValueError where a row is of a task that the model has no head for.
+    """
     heads, found = heads_of(model), dict[str, Tensor]()
+    if odd := {row["task_ids"] for row in rows.rows} - set(range(len(heads.tasks))):
+        raise ValueError(f"rows of task {min(odd)}, but the model has heads of the tasks 0 to {len(heads.tasks) - 1}")
     for i, task in enumerate(heads.tasks):
         own = [row for row in rows.rows if row["task_ids"] == i]
         if not own:

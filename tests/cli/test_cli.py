@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from deltatune.cli import main
 from deltatune.core.compose import PRESETS
@@ -43,11 +45,16 @@ def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
     assert lora["hyperparameters"][0] == {"name": "r", "type": "int", "default": 8, "comment": "rank"}
     code, out, _ = run(capsys, "methods")
     assert code == 0 and all(name in out for name in (*METHODS, *PRESETS))
+    assert "…" not in out  # what is too wide goes on in the next line
+    cells = [line.split("│")[3].strip() for line in out.splitlines() if line.count("│") == 5]
+    assert PRESETS["s4"].where.replace(" ", "") in "".join(cells).replace(" ", "")
 
 
 def test_sites(capsys: pytest.CaptureFixture[str], backbone: str) -> None:
     code, out, _ = run(capsys, "sites", backbone, "--where", "q,v", "--layers", "1")
     assert code == 0 and "2 sites" in out and "encoder.layer.1.attention.self.query" in out and "2,048 weights" in out
+    code, out, _ = run(capsys, "sites", backbone, "--where", "q,v", "--layers", "1/2-1")
+    assert code == 0 and "2 sites" in out and "encoder.layer.1.attention.self.query" in out
     code, _, err = run(capsys, "sites", backbone, "--where", "mlp.gate")
     assert code == 2 and "mlp.gate" in err and "mlp.up" in err
 
@@ -116,6 +123,9 @@ def test_train_merge_export(capsys: pytest.CaptureFixture[str], backbone: str, r
     words = " ".join(said.split())  # a long path is wrapped
     assert code == 0 and "by ties_svd of 2 adapters" in words and "is left out" in words
     both = [out / "adapter", tmp_path / "run2" / "adapter"]
+    assert "no task head" not in words
+    code, said, _ = run(capsys, "combine", str(out), str(tmp_path / "run2"), "--out", str(tmp_path / "none"))
+    assert code == 0 and "no task head: --head takes a source's" in " ".join(said.split())
     want = dt.combine(model_of(backbone), both, [1, -0.5], "ties_svd", density=0.5, rank=4, head=1).state_dict()
     got = dt.load(model_of(backbone), tmp_path / "both").state_dict()
     assert got.keys() == want.keys() and all(torch.equal(t, want[key]) for key, t in got.items())
@@ -143,6 +153,48 @@ def test_train_a_tree(backbone: str, reviews: Path, tmp_path: Path) -> None:
     assert train(backbone, reviews, tmp_path / "run", "--config", str(tmp_path / "tree.yaml")) == 0
     card = json.loads((tmp_path / "run" / "adapter" / "adapter.json").read_text())
     assert card["tree"]["op"] == "sum" and [c["method"] for c in card["tree"]["children"]] == ["lora", "prefix_tuning"]
+
+
+def test_train_a_tree_of_presets_and_saved_adapters(
+    backbone: str, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A part of a tree is written as a method alone is, or is what was trained before."""
+    assert train(backbone, reviews, tmp_path / "first", "--method", "lora", "--method.r", "2") == 0
+    before = load_file(tmp_path / "first" / "adapter" / "adapter.safetensors")
+
+    def second(*parts: dict[str, Any]) -> int:
+        (tmp_path / "tree.yaml").write_text(yaml.safe_dump({"method": {"op": "stack", "children": list(parts)}}))
+        return train(backbone, reviews, tmp_path / "second", "--config", str(tmp_path / "tree.yaml"))
+
+    first, pfeiffer = {"saved": str(tmp_path / "first" / "adapter"), "frozen": True}, {"name": "pfeiffer", "r": 4}
+    assert second(first, pfeiffer | {"where": "block", "layers": [0]}) == 0
+    after = load_file(tmp_path / "second" / "adapter" / "adapter.safetensors")
+    kept = {key: t for key, t in before.items() if "classifier" not in key}
+    assert kept and all(torch.equal(after[key], t) for key, t in kept.items())
+    assert {key.split(".")[0] for key in after} >= {"0", "1"}
+    for wrong, text in (
+        (pfeiffer | {"rr": 4}, "did you mean 'r'"),
+        (first | {"freeze": True}, "did you mean 'frozen'"),
+        ({"naem": "lora"}, "did you mean 'name'"),
+        ({"saved": str(tmp_path / "nowhere")}, "nowhere"),
+    ):
+        assert second(first, wrong) == 2
+        assert text in capsys.readouterr().err
+
+
+def test_train_a_share_of_the_layers(backbone: str, reviews: Path, tmp_path: Path) -> None:
+    """On the command line, in the run's own configuration, and in a tree of YAML."""
+    assert train(backbone, reviews, tmp_path / "one", "--method", "lora", "--method.layers", "1/2-1") == 0
+    written = yaml.safe_load((tmp_path / "one" / "run.yaml").read_text())["method"]
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump({"method": written}))
+    assert train(backbone, reviews, tmp_path / "two", "--config", str(tmp_path / "again.yaml")) == 0
+    parts = [("lora", "0-1/2"), ("bitfit", "1/2-1")]
+    tree = {"op": "stack", "children": [{"method": method, "layers": layers} for method, layers in parts]}
+    (tmp_path / "tree.yaml").write_text(yaml.safe_dump({"method": tree}))
+    assert train(backbone, reviews, tmp_path / "tree", "--config", str(tmp_path / "tree.yaml")) == 0
+    cards = [json.loads((tmp_path / name / "adapter" / "adapter.json").read_text()) for name in ("one", "two", "tree")]
+    trees = [card["tree"] for card in cards]
+    assert [t["layers"] for t in (*trees[:2], *trees[2]["children"])] == ["1/2-1", "1/2-1", "0-1/2", "1/2-1"]
 
 
 def test_regression(backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,6 +336,8 @@ MISTAKES = {
     "too large a rank": (["train", "--method", "lora", "--method.r", "33"], "r = 33"),
     "place": (["train", "--method", "lora", "--method.where", "mlp.gate"], "mlp.gate"),
     "layer": (["train", "--method", "lora", "--method.layers", "7"], "layer 7 is out of range"),
+    "share": (["train", "--method", "lora", "--method.layers", "1/2"], "layers='1/2' is no share of a stack's depth"),
+    "too few layers": (["train", "--method", "s4"], "layers='0-1/6' holds the middle of no layer"),
     "sources": (
         ["train", "--method", "spot"],
         "spot is made of saved adapters, such as prompt_tuning's; give it --method.sources",

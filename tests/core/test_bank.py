@@ -54,6 +54,14 @@ def test_it_comes_from_the_adapter_s_seed_alone(toys: Toys) -> None:
     assert not torch.equal(drawn[0], drawn[2])  # type: ignore[arg-type]
 
 
+def test_no_draw_seeds_a_gpu(toys: Toys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Banks are drawn on the CPU; a GPU's generator, which draws the training's dropout, is not set back."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    dt.attach(BEDS["biased"].model(), "toy_shared", where=WHERE, head=None, seed=5)
+    assert not seeded
+
+
 def test_a_frozen_bank_is_neither_trained_nor_saved(toys: Toys, tmp_path: Path) -> None:
     model = BEDS["biased"].model()
     adapter = dt.attach(model, "toy_shared", where=WHERE, head=None, seed=5)

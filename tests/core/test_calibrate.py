@@ -1,13 +1,14 @@
 """Statistics of gradients over batches, and nothing left behind."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from deltatune.core.calibrate import Covariance, Gradients, collect, gradients
+from deltatune.core.calibrate import Covariance, Gradients, collect, gradients, looking, predicts_next
 
 
 def loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -42,6 +43,29 @@ def test_nothing_is_left_behind() -> None:
     assert (model.weight.requires_grad, model.bias.requires_grad) == (False, True)
     assert model.weight.grad is None
     assert model.bias.grad is None
+
+
+def test_looking_draws_from_its_seed_and_seeds_no_other_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of GPUs those of the model alone are seeded, and set back; here it has none."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    torch.manual_seed(1)
+    seeded.clear()
+    before, drawn = torch.get_rng_state(), []
+    for seed in (3, 3, 4):
+        with looking(nn.Dropout(), True, seed):
+            drawn.append(float(torch.rand(())))
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert torch.equal(torch.get_rng_state(), before) and not seeded
+
+
+@pytest.mark.parametrize(("name", "both", "want"), [
+    ("GPT2LMHeadModel", False, True), ("LlamaForCausalLM", False, True), ("LlavaForConditionalGeneration", False, True),
+    ("T5ForConditionalGeneration", True, False), ("BertForMaskedLM", False, False), ("GPT2ForTokenClassification", False, False),
+])  # fmt: skip
+def test_whose_answers_are_about_the_next_token(name: str, both: bool, want: bool) -> None:
+    model = type(name, (nn.Module,), {"config": SimpleNamespace(is_encoder_decoder=both)})()
+    assert predicts_next(model) is want
 
 
 def test_errors_name_the_tensor_and_restore() -> None:

@@ -34,6 +34,7 @@ ROBERTA: list[tuple[str, dict[str, Any], int, str, dict[str, Any], int | None]] 
         {"init_r": 12, "total_step": 100, "target_modules": "all-linear"},
         1_991_520 + 72 + HEAD,
     ),
+    ("s4", {}, 565_392, "", {}, None),
     ("propelt", {"r": 64}, 1_278_784, "", {}, None),
     ("propelt_lora", {"r": 32}, 1_277_952, "", {}, None),
     ("head", {}, 0, "", {}, None),
@@ -89,11 +90,12 @@ def test_without_the_head() -> None:
     assert (adapter.params(), adapter.n_head, trained(model)) == (294_912, 0, 294_912)
 
 
-def test_t5_base() -> None:
+@pytest.mark.parametrize(("method", "hyper", "n"), [("lora", {"r": 8}, 884_736), ("s4", {}, 1_130_784)])
+def test_t5_base(method: str, hyper: dict[str, Any], n: int) -> None:
     model = t5()
-    adapter = dt.attach(model, "lora", r=8)
-    assert (adapter.params(), adapter.n_head, trained(model)) == (884_736, 0, 884_736)
-    assert written(884_736)
+    adapter = dt.attach(model, method, **hyper)
+    assert (adapter.params(), adapter.n_head, trained(model)) == (n, 0, n)
+    assert written(n)
 
 
 @pytest.mark.parametrize(("config", "options", "n"), [row[3:] for row in ROBERTA if row[3]])

@@ -2,6 +2,8 @@
 
 import itertools
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -132,6 +134,56 @@ def test_a_stack_is_the_onion(toys: Toys) -> None:
             (delta,) = dt.attach(apart, name, where="q", head=None, name=name).deltas.values()
             delta.load_state_dict(next(d for (p, _), d in stack.deltas.items() if p == str(i)).state_dict())
         assert torch.equal(model(**batch), apart(**batch))
+
+
+FIRST, SECOND, THIRD = (dt.pfeiffer(r=r) for r in (2, 3, 4))
+MET: dict[str, tuple[dt.core.compose.Tree, Callable[..., Tensor]]] = {  # of f_i(z) = z + A_i(N(z)), what the norm gets
+    "sum": (dt.Sum(FIRST, SECOND), lambda z, f, g: f(z) + g(z) - z),
+    "average": (dt.Average(FIRST, SECOND, THIRD), lambda z, f, g, h: (f(z) + g(z) + h(z)) / 3),
+    "a stack averaged": (dt.Average(dt.Stack(FIRST, SECOND), THIRD), lambda z, f, g, h: (g(f(z)) + h(z)) / 2),
+    "an average stacked": (dt.Stack(dt.Average(FIRST, SECOND), THIRD), lambda z, f, g, h: h((f(z) + g(z)) / 2)),
+    "a stack gated": (dt.Gate(dt.Stack(FIRST, SECOND), by="constant"), lambda z, f, g: z + (g(f(z)) - z) / 2),
+    "a gate summed": (
+        dt.Sum(dt.Gate(FIRST, by="constant"), SECOND),
+        lambda z, f, g: z + (f(z) - z) / 2 + (g(z) - z),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MET)
+def test_changes_of_a_norm_s_input_meet_in_front_of_it(name: str, dtype: torch.dtype) -> None:
+    """Pfeiffer's form, each node written out."""
+    tree, meet = MET[name]
+    bed, seen = BEDS["attention-bert"], []
+    model = bed.model()
+    adapter = perturb(dt.attach(model, tree, layers=0, head=None), 0.3)
+    for delta in adapter.deltas.values():
+        if delta.name == "gate":
+            delta.offset.data.zero_()  # type: ignore[union-attr, operator]
+    layer: Any = model.get_submodule("encoder.layer.0.output.LayerNorm")
+    layer.register_forward_hook(lambda m, args, out: seen.extend((args[0].float(), out.float())))
+    plain = {key: getattr(layer, key).detach().clone() for key in ("weight", "bias")}
+    with torch.no_grad():
+        model.to(dtype)(**bed.batch())
+
+    def norm(v: Tensor) -> Tensor:
+        return F.layer_norm(v, v.shape[-1:], plain["weight"], plain["bias"], layer.eps)
+
+    each = [lambda v, d=d: v + d.float().mlp(norm(v)) for d in adapter.deltas.values() if d.name == "sequential"]  # type: ignore[misc, operator]
+    z, y = seen
+    torch.testing.assert_close(y, norm(meet(z, *each)), rtol=0, atol=1e-6 if dtype == torch.float32 else 0.05)
+    assert (y - norm(z)).abs().max() > 0.1
+
+
+def test_what_changes_a_norm_s_input_meets_its_like_alone() -> None:
+    model = BEDS["attention-bert"].model()
+    before = State(model)
+    with pytest.raises(
+        ValueError, match=r"LayerNorm:post_norm: sequential, ln_tuning cannot meet in average: sequential has no"
+    ):
+        dt.attach(model, dt.Average(dt.pfeiffer(r=2), dt.LNTuning(where="post_norm")), head=None)
+    before.restored(model)
 
 
 def test_disabled_never_touches_requires_grad() -> None:

@@ -453,8 +453,8 @@ def test_merging_what_is_disabled(model: nn.Module) -> None:
 
 def test_merging_around_another_adapter() -> None:
     model = tiny()
-    moved(dt.attach(model, "ia3", name="inner"))
-    outer = moved(dt.attach(model, "lora", r=2, name="outer"))
+    moved(dt.attach(model, "ia3", name="inner", head=None))
+    outer = moved(dt.attach(model, "lora", r=2, name="outer", head=None))
     with refused(model, "model.layers.0.self_attn.v_proj", "'inner'", "'outer'", "merge it first"):
         outer.merge()
 

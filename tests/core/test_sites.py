@@ -5,6 +5,7 @@ from it and stand there once where blocks are alike. A size is d_out x d_in, `+b
 an attention's is n_kv_heads x d_head; a span has `entry -> exit`. `-` is no role. `[encoder]` is the stack.
 """
 
+import contextlib
 import itertools
 import re
 from collections.abc import Callable
@@ -14,7 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from deltatune.core.site import KINDS, PLACES, ROLES, Site, all_sites, sites, slices
+import deltatune as dt
+from deltatune.core.site import KINDS, PLACES, ROLES, Site, all_sites, select, sites, slices
 
 transformers = pytest.importorskip("transformers")
 
@@ -860,6 +862,42 @@ def test_layers(made: Made) -> None:
     assert names(made("swin"), "attn.q", -1) == ["swin.encoder.layers.1.blocks.1.attention.q_proj"]
 
 
+def test_shares_of_layers(made: Made) -> None:
+    assert names(made("gpt2"), "mlp.up", "1/2-1") == ["transformer.h.1.mlp.c_fc"]
+    assert names(made("gpt2"), "mlp.up,embed", "0-1/2") == ["transformer.h.0.mlp.c_fc"]
+    assert names(made("bart"), "mlp.up", "1/2-1") == names(made("bart"), "mlp.up", 1)  # each stack's own depth
+
+
+CUTS = [["0", "1/6", "1/2", "5/6", "1"], ["0", "1/3", "2/3", "1"], ["0", "3/10", "1"]]
+
+
+@pytest.mark.parametrize("cuts", CUTS, ids="|".join)
+def test_shares_divide_every_depth(cuts: list[str]) -> None:
+    """Each layer lies in one share alone; shares of a stack that is deep enough hold a layer each."""
+    parts = [f"{a}-{b}" for a, b in itertools.pairwise(cuts)]
+    for n in range(1, 49):
+        table = [Site(f"h.{i}", f"h.{i}", "block", "block", i, 8, 8, False) for i in range(n)]
+        found: list[list[int | None]] = []
+        for part in parts:
+            with contextlib.suppress(ValueError) if n < len(parts) else contextlib.nullcontext():
+                found.append([site.layer for site in select(table, "block", part)])
+        assert [layer for layers in found for layer in layers] == list(range(n))
+        if n == 12 and len(parts) == 4:
+            assert list(map(len, found)) == [2, 4, 4, 2]
+
+
+SHARES = ["0-1", "1/2", "1/2-1/6", "1/6-1/6", "1/6-7/6", "0-1/0", "-1", "0-2", "q", "", "0.5-1"]
+
+
+@pytest.mark.parametrize("layers", SHARES)
+def test_what_is_no_share(layers: str, made: Made) -> None:
+    said = re.escape(f"layers={layers!r} is no share of a stack's depth; write two fractions")
+    with pytest.raises(ValueError, match=said):
+        sites(made("llama"), "q", layers)
+    with pytest.raises(ValueError, match=said):
+        dt.LoRA(layers=layers)
+
+
 def test_deltas_do_not_show(made: Made) -> None:
     model = MODELS["llama"]()
     before = all_sites(model)
@@ -908,6 +946,13 @@ ERRORS: list[tuple[str, Any, dict[str, Any], str]] = [
     ("llama", "q", {"layers": []}, r"layers=\[\] must be an index"),
     ("llama", "q", {"layers": ["1"]}, r"layers=\['1'\] must be an index"),
     ("llama", "embed", {"layers": 0}, "where='embed' has no site in layers=0"),
+    ("llama", "q", {"layers": "0-1/6"}, "layers='0-1/6' holds the middle of no layer: this backbone has 2 layers$"),
+    (
+        "bart",
+        "q",
+        {"layers": "0-1/6"},
+        "holds the middle of no layer: .*2 layers in its encoder, 2 layers in its decoder",
+    ),
 ]
 
 

@@ -28,6 +28,7 @@ from transformers.trainer_callback import PrinterCallback
 
 import deltatune as dt
 from deltatune.methods.adamix import AdaMix, AdaMixLoRA, Experts
+from deltatune.train.multitask import TaskHead, add_heads
 from deltatune.train.trainer import AdapterTrainer, ScheduleCallback
 
 MAKE = runpy.run_path(str(Path(__file__).resolve().parent.parent / "golden" / "make_adamix.py"))
@@ -359,6 +360,47 @@ def test_what_is_compared() -> None:
     begun(adapter)
     with pytest.raises(ValueError, match="BertModel gives no logits; train the model with its head"):
         bare(**given)
+
+
+def test_what_has_no_distribution() -> None:
+    """A regression runs once, and its loss is its own; maps, and heads of several tasks side by side, are refused."""
+    config = BertForSequenceClassification(BertConfig(num_labels=1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                                      intermediate_size=24, vocab_size=30)).config  # fmt: skip
+    model: Any = BertForSequenceClassification(config).train()
+    adapter = dt.attach(model, "adamix", r=4)
+    runs: list[int] = []
+    model.bert.register_forward_hook(lambda *_: runs.append(1))
+    begun(adapter)
+    out = model(**collate(rows()) | {"labels": torch.ones(8)})
+    assert len(runs) == 1 and torch.equal(out.loss, nn.functional.mse_loss(out.logits[:, 0], torch.ones(8)))
+
+    tasks = [TaskHead("a", ("x", "y")), TaskHead("b", ("u", "v", "w"))]
+    for consistency in (1.0, 0.0):
+        joint, gone = small()
+        gone.detach()
+        add_heads(joint, tasks)
+        begun(dt.attach(joint, "adamix", r=4, consistency=consistency))
+        given = collate(rows()) | {"task_ids": torch.arange(8) % 2}
+        if not consistency:
+            joint(**given).loss.backward()
+            continue
+        with pytest.raises(
+            ValueError, match="BertForSequenceClassification are of several tasks side by side; set cons"
+        ):
+            joint(**given)
+
+    class Maps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.at = nn.Linear(8, 12)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.at(x).view(-1, 3, 2, 2)}
+
+    maps = Maps().train()
+    begun(dt.attach(maps, "adamix", r=2, where=["at"], head=None))
+    with pytest.raises(ValueError, match=r"Maps gives logits of shape \(5, 3, 2, 2\); set consistency=0"):
+        maps(torch.randn(5, 8))
 
 
 def test_a_run_that_broke_off_leaves_nothing() -> None:

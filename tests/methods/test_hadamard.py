@@ -63,7 +63,7 @@ def test_as_the_paper_writes_it() -> None:
     model, other = bert(), bert()
     adapter = dt.attach(model, "hadamard")
     found: list[list[Tensor]] = [[] for _ in range(LAYERS)]
-    for delta in adapter.deltas.values():
+    for _, delta in sorted(adapter.deltas.items()):  # by the leaf's path: the product, then the norm
         if delta.site.layer is not None:
             found[delta.site.layer] += delta.parameters()
     assert adapter.params() == LAYERS * 4 * D and adapter.n_head == 3 * D + 3

@@ -56,3 +56,15 @@ def test_it_is_not_merged() -> None:
     assert all(bool((d.residual == 1.0).all()) for d in adapter.deltas.values())
     with pytest.raises(ValueError, match="krona_res cannot be merged: it defines no fold"):
         adapter.merge()
+
+
+def test_under_autocast_the_mlp_s_output_keeps_its_dtype() -> None:
+    """Its input comes from a norm, in fp32; what is added to a bf16 output is bf16."""
+    model = backbone("bert").float()
+    adapter = dt.attach(model, "krona_res", s_res=0.5, head=None)
+    seen: list[torch.dtype] = []
+    for delta in adapter.deltas.values():
+        model.get_submodule(delta.site.module).register_forward_hook(lambda module, args, y: seen.append(y.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**MAKE["batch"]("bert"))
+    assert seen == [torch.bfloat16] * 2

@@ -106,11 +106,25 @@ def test_known_weights_and_a_loss_of_ones_own(folders: list[str]) -> None:
 
 
 def test_errors(folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_labels = {**batches(5)[0], "decoder_input_ids": torch.ones(5, 2, dtype=torch.long)}
+    del without_labels["labels"]
     for hyper, text in (
         ({"weights": (1.0,)}, "1 weights for 3 sources"),
         ({"budget": 0}, "budget = 0"),
         ({"bound": 0.0}, "bound = 0.0"),
         ({"l1": -1.0}, "l1 = -1.0"),
+        ({"weights": (1.0, math.nan, 0.0)}, "are not all finite"),
+        ({"weights": (1.0, 0.0, 0.0), "batches": batches(5)}, "not both"),
+        ({"batches": batches(5)[0]}, "batches are a list .* not {'input_ids'"),
+        ({"batches": iter(())}, "batches are a list .* at least one"),
+        (
+            {"batches": [without_labels]},
+            "the batches hold .*decoder_input_ids, and the model has no loss without labels",
+        ),
+        (
+            {"batches": batches(5), "loss": lambda model, batch: torch.tensor(math.nan)},
+            r"the loss is nan at the .* \[0\.0",
+        ),
     ):
         with pytest.raises(ValueError, match=text):
             hub(folders, **hyper)

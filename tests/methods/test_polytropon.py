@@ -111,4 +111,6 @@ def test_what_it_refuses() -> None:
     model = model_of("llama")
     with pytest.raises(ValueError, match=r"q_proj: polytropon: .*d_in/n_splits.* n_splits = 3"):
         dt.attach(model, "polytropon", head=None, n_splits=3)
+    with pytest.raises(ValueError, match=r"polytropon: logit_lr = -1\.0, but it must lie above 0"):
+        dt.attach(model, "polytropon", head=None, logit_lr=-1.0)
     assert "_deltatune" not in model.__dict__

@@ -154,6 +154,49 @@ def test_one_task_for_all_rows(form: str) -> None:
     assert masks.shape == (TASKS, *shape)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_part_of_another_tree(form: str, tmp_path: Path) -> None:
+    """`dt.saved` of a finished file brings the tasks' masks too, and asks for no seed."""
+    attached(form, model := bert()).save(tmp_path)
+    want = model(input_ids=ROWS, task_ids=IDS).logits
+    torch.manual_seed(3)
+    dt.attach(other := bert(), dt.Sum(dt.LoRA(r=2, where="o"), dt.saved(tmp_path)), head=None, seed=4)
+    torch.testing.assert_close(other(input_ids=ROWS, task_ids=IDS).logits, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_task_that_was_set_is_that_of_rows_without(form: str) -> None:
+    """Rows that bring ids run as these say."""
+    adapter = attached(form, model := bert())
+    want = model(input_ids=ROWS, task_ids=IDS).logits
+    adapter.set(task=1)
+    torch.testing.assert_close(model(input_ids=ROWS, task_ids=IDS).logits, want, rtol=0, atol=1e-6)
+
+
+def test_in_a_weight_all_rows_have_one_task() -> None:
+    """Under a method that works on the weight: the call's own task, also in the gradients, and no mixture."""
+    model = bert()
+    tree = dt.Stack(dt.ProPELTLoRA(r=4, keep=0.4, n_tasks=TASKS, task=0), dt.DoRA(r=2))
+    adapter = dt.attach(model, tree, head=None)
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=draw))
+    found = []
+    for ids, task in ((torch.full((6,), 2), 0), (None, 2)):
+        adapter.set(task=task)
+        logits = model(input_ids=ROWS, task_ids=ids).logits
+        found.append([logits, *torch.autograd.grad(logits.square().sum(), adapter.parameters())])
+    adapter.set(task=1)
+    assert (model(input_ids=ROWS).logits - found[0][0]).abs().max() > 1e-3
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    with pytest.raises(
+        ValueError, match=r"works on the weight here, where all rows of a batch have one task, not \[0, 1, 2\]"
+    ):
+        model(input_ids=ROWS, task_ids=IDS)
+
+
 def test_counts_rates_and_places() -> None:
     """Task scores come once for all layers, at the scores' rate; two leaves have their own; a convolution is refused."""
     model = bert()

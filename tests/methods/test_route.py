@@ -26,6 +26,8 @@ BEHIND: dict[str, tuple[Tree, ...]] = {
     "dora": (dt.DoRA(r=4), dt.DoRA(r=4)),
     "words": (dt.LoRA(r=4, where="embed"), dt.LoRA(r=4, where="embed")),
     "kinds": (LORA, IA3, dt.pfeiffer(r=4)),
+    "met": (dt.Stack(dt.pfeiffer(r=2), dt.pfeiffer(r=4)), dt.Average(dt.pfeiffer(r=4), dt.pfeiffer(r=3))),
+    "places": (dt.LoRA(r=4, where="q"), dt.LoRA(r=4, where="q"), dt.LoRA(r=4, where="v")),
     "nested": (dt.Sum(LORA, dt.LoRA(r=2)), dt.Gate(LORA, by="sequence"), dt.BitFit()),
 }
 
@@ -58,6 +60,7 @@ def alone(kind: str, adapter: dt.Adapter, i: int) -> Any:
 AT = {
     "lora": "bert llama t5",
     "pfeiffer": "bert llama",
+    "met": "bert llama",
     "ia3": "bert t5",
     "kinds": "bert",
     "prompt": "t5",
@@ -213,7 +216,9 @@ def test_only_the_adapters_of_a_batch_s_rows_learn(name: str) -> None:
             assert torch.equal(p, before[key]) == (not key.startswith(str(max(ids)))), key
 
 
-@pytest.mark.parametrize(("kind", "name"), [("bert", "lora"), ("bert", "ranks"), ("bert", "ia3"), ("t5", "prefix")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("bert", "lora"), ("bert", "ranks"), ("bert", "ia3"), ("bert", "met"), ("llama", "prefix")]
+)
 def test_one_graph_for_all_ids(kind: str, name: str) -> None:
     model = model_of(kind)
     moved(dt.attach(model, dt.Route(*(BEHIND | IN_FRONT)[name]), layers=0, head=None))
@@ -232,6 +237,17 @@ def test_bf16_keeps_the_digits_of_each_adapter() -> None:
     got = logits(model.bfloat16(), **padded(), adapter_ids=torch.tensor([0, 1, 0]))
     for k, i in enumerate((0, 1, 0)):
         assert torch.equal(got[k], logits(each[i], **padded())[k])
+
+
+def test_bf16_behind_a_norm_and_in_front_of_it() -> None:
+    """One child works on the norm's weight, the other on the norm's own input: they are mixed behind it."""
+    model, _ = routed("bert", (dt.LNTuning(where="post_norm"), dt.pfeiffer(r=4)))
+    ids = torch.tensor([0, 1, 1])
+    near(
+        logits(model.bfloat16(), **padded(), adapter_ids=ids).float(),
+        logits(model.float(), **padded(), adapter_ids=ids),
+        0.03,
+    )
 
 
 def test_saved_adapters_serve_together(tmp_path: Path) -> None:
@@ -260,8 +276,8 @@ def test_saved_adapters_serve_together(tmp_path: Path) -> None:
         ((LORA, LORA), torch.tensor([0.0, 1.0, 1.0]), r"adapter_ids of torch.float32"),
         ((PROMPT, dt.PromptTuning(n=5)), torch.tensor([0, 1, 0]), r"cannot have \[3, 5\] learned tokens in front"),
         ((PREFIX, dt.PrefixTuning(n=5)), torch.tensor([0, 1, 0]), r"cannot have \[3, 5\] learned tokens in front"),
-        ((PREFIX, PREFIX), torch.tensor([0, -1, 0]), r"rows of adapter_ids \[-1\] have no tokens in front"),
-        ((PROMPT, LORA), torch.tensor([0, 1, 0]), r"rows of adapter_ids \[1\] have no tokens in front"),
+        ((PREFIX, PREFIX), torch.tensor([0, -1, 0]), r"rows of adapter_ids \[-1\] put no tokens in front"),
+        ((PROMPT, LORA), torch.tensor([0, 1, 0]), r"rows of adapter_ids \[1\] put no tokens in front"),
         ((PROMPT, PROMPT), None, r"adapter_ids are missing"),
         ((PROMPT, PROMPT), torch.tensor([0, 1, 4]), r"adapter id 4"),
     ],

@@ -192,7 +192,7 @@ def test_gradients_are_those_under_the_mask(form: str) -> None:
             torch.testing.assert_close(getattr(own, f"{key}_values").grad, grad[mask][:, None], rtol=0, atol=1e-12)
 
 
-def test_a_tree_under_a_mask() -> None:
+def test_a_tree_under_a_mask(tmp_path: Path) -> None:
     """One edge over all that has a masked form, the rest as it is; large and sparse has as many entries as small and dense."""
     tree = dt.SparseAdapter(dt.mam(n=3, r=4), keep=0.2, score="magnitude")
     adapter = dt.attach(backbone(), tree, head=None)
@@ -222,6 +222,9 @@ def test_a_tree_under_a_mask() -> None:
         dt.SparseAdapter(dt.VeRA())
     with pytest.raises(ValueError, match="k = 0, but it must be at least 1"):
         dt.SparseAdapter(dt.LoRA(), k=0)
+    dt.attach(backbone(), "lora", head=None).save(tmp_path)
+    with pytest.raises(ValueError, match="lora comes with its values from files; a mask is chosen of fresh ones"):
+        dt.SparseAdapter(dt.saved(tmp_path))
 
 
 def test_any_method() -> None:

@@ -149,3 +149,16 @@ def test_what_it_refuses(method: str) -> None:
     if method != "mov":
         with pytest.raises(ValueError, match=rf"r = 40, but it must lie between 1 and min\(d_in,d_out\) = {D}"):
             dt.attach(model, method, name="two", r=40)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shares_under_autocast(method: str) -> None:
+    """A softmax in fp32, shares as narrow as what they weigh: a wide input would widen all experts' activations."""
+    linear, delta = layer(8, method)
+    linear.float()
+    x = torch.randn(3, 8 if method != "mov" else D_OUT)
+    with torch.autocast("cpu", torch.bfloat16):
+        w = delta.shares(x)
+        logits = nn.functional.linear(x, delta.router)
+    assert logits.dtype == w.dtype == torch.bfloat16
+    assert torch.equal(w, logits.softmax(-1, torch.float32).bfloat16())

@@ -194,15 +194,18 @@ def test_against_the_plain_one(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_new_start(method: str) -> None:
-    """As the methods themselves start, and the same whatever the run's generator says; moments begin again."""
-    ends = []
+def test_the_new_start(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the methods themselves start, and the same whatever the run's generator says, a GPU's too; moments begin again."""
+    ends, seeded = [], []
     for seed in (0, 1):
         course = ours(method, keep=1.0)
         for _ in range(6):
             next(course)
             torch.manual_seed(seed)
-        _, _, adapter, optimizer = next(course)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+            _, _, adapter, optimizer = next(course)
+        assert not seeded, "a GPU's generator, which draws the training's dropout, would be set back"
         ends.append(seen(adapter))
         assert not optimizer.state
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
@@ -240,8 +243,8 @@ def test_nothing_of_a_layer_may_be_left(tmp_path: Path) -> None:
         bare = states(model)
     for p in adapter.parameters():
         p.data.zero_()
-    if not any(d.n_left() for d in adapter.deltas.values() if d.site.role == "attn"):
-        torch.testing.assert_close(states(model), bare, rtol=0, atol=1e-14)
+    assert all(d in empty for d in adapter.deltas.values() if d.site.role == "attn"), "a prefix of zeros is no base"
+    torch.testing.assert_close(states(model), bare, rtol=0, atol=1e-14)
 
 
 def test_one_course_for_both() -> None:

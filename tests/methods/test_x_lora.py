@@ -290,6 +290,8 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         "c/0 has a LoRA at model.embed_tokens of kind embedding; x_lora stands on linear layers", [sources[0], embed[0]]
     )
     refused(r"1: its rank at .*q_proj is 4, and this x_lora has r = 2", sources, r=2)
+    for n in (1, 3):
+        refused(f"x_lora: n_sources = {n}, but 2 sources are given", sources, n_sources=n)
     refused("x_lora: softmax = 'top' is over the top_k LoRAs, and top_k is None", sources, softmax="top")
     refused("x_lora fits none of the", saved("t5", tmp_path / "d"), kind="t5")
     with pytest.raises(ValueError, match="x_lora is made of saved adapters, of lora; give it sources"):

@@ -112,6 +112,27 @@ def test_each_head_is_the_models_own(arch: str) -> None:
     torch.testing.assert_close(torch.cat([joint(**first).logits, joint(**second).logits]), out.logits)
 
 
+@pytest.mark.parametrize("arch", ["bert", "roberta", "llama", "t5"])
+def test_heads_start_as_the_models_own(arch: str) -> None:
+    """By the architecture's rule: T5's is 1 / sqrt(d), the others' initializer_range."""
+    single, joint = plain(arch), add_heads(plain(arch), [TaskHead(name, tuple("abcdefgh")) for name in ("x", "y", "z")])
+    own, made = (torch.cat([p.flatten() for p in weights(m)]) for m in (single, joint))
+    want = 16**-0.5 if arch == "t5" else 0.02
+    for values in (own, made):
+        assert float(values.detach().std()) == pytest.approx(want, rel=0.2)
+    heads: Any = heads_of(joint)
+    first, second = (torch.cat([p.detach().flatten() for p in weights(head)]) for head in (heads.x, heads.y))
+    assert not torch.equal(first, second)
+    assert not any(p.any() for name, p in heads.named_parameters() if name.endswith("bias"))
+
+
+def weights(module: Any) -> list[Tensor]:
+    """The matrices of the heads."""
+    is_model = isinstance(module, tr.PreTrainedModel)
+    named = [(n, p) for n, p in module.named_parameters() if n.endswith("weight")]
+    return [p for n, p in named if not is_model or n.startswith(("classif", "score"))]
+
+
 def test_a_row_trains_its_own_head() -> None:
     model = add_heads(plain("bert"), HEADS)
     adapter = dt.attach(model, "lora", r=2)
@@ -152,6 +173,10 @@ def test_clear_errors() -> None:
         model(**BATCH | {"task_ids": BATCH["task_ids"] + 1})
     with pytest.raises(ValueError, match="row 0: label 2, but a/two has the classes 0 to 1"):
         model(**BATCH | {"labels": BATCH["labels"] + 1})
+    with pytest.raises(ValueError, match=r"row 0: label 0\.5, but a/two has the classes 0 to 1"):
+        model(**BATCH | {"labels": BATCH["labels"] - 0.5})
+    with pytest.raises(ValueError, match=r"task 'v': scale = 0\.0, but an error is divided by a number above 0"):
+        TaskHead("v", (), 0.0)
     with pytest.raises(ValueError, match="did you mean 'three'"):
         heads_of(model).columns("tree")
 
@@ -228,6 +253,8 @@ def test_learn_save_load(backbone: str, method: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"heads, in this order, of \['toy/tone', 'count', 'pair'\]"):
         evaluate(model, tasks[::-1], test, collate)
     other, _ = load_joint(backbone, tasks[:2])
+    with pytest.raises(ValueError, match="rows of task 2, but the model has heads of the tasks 0 to 1"):
+        predict_tasks(other, test, collate)
     with pytest.raises(ValueError, match=r"classifier\.pair"):
         dt.load(other, tmp_path)
     (tmp_path / "tasks.json").write_text("{}")
