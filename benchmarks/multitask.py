@@ -72,9 +72,8 @@ MADE_OF = {"adapter_fusion": "pfeiffer", "lora_hub": "lora"}  # method -> whose 
 BASELINE = ("single", "lora")
 # Nothing of these is trained: `batches` of shots choose how their sources are mixed, once there is a head.
 SEARCHES = ("lora_hub",)
-# Batches of rows of like length would be batches of like tasks.
-AS_DRAWN: dict[str, Any] = {"by_length": False} if "by_length" in Plan.__dataclass_fields__ else {}
 FORMAT = 1
+TRIAL = "trial.json"  # beside the adapter of a learning rate that was tried
 
 
 @dataclass(frozen=True)
@@ -224,13 +223,17 @@ def work(job: Job) -> str:
 
 def trained(job: Job, tasks: list[Task], rates: list[float]) -> dict[str, Any]:
     """Train at each learning rate and leave what validates best in the job's folder."""
-    tell, size, best = cells.telling(job), job.size, -math.inf
+    tell, size = cells.telling(job), job.size
     rows = coded(job.tasks, "train", job.shared, size)
     validation = coded(job.tasks, "validation", job.shared, size)
-    n_steps = size.n_steps * len(tasks)
-    found, trials, train_s = dict[str, Any](), [], 0.0
-    scratch = job.folder.with_name(f".{job.folder.name}.tmp")  # in the folder itself is what was chosen, or nothing
+    n_steps, tried = size.n_steps * len(tasks), list[tuple[dict[str, Any], Path]]()
     for lr in rates or learning_rates(*named(job.method).lr, size.lr_trials):
+        folder = job.folder.with_name(
+            f".{job.folder.name}-{lr:g}"
+        )  # in the folder itself is what was chosen, or nothing
+        if (folder / TRIAL).is_file():  # of a run that was cut off behind it
+            tried.append((json.loads((folder / TRIAL).read_text(encoding="utf-8")), folder))
+            continue
         torch.manual_seed(job.seed)
         if job.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -239,36 +242,48 @@ def trained(job: Job, tasks: list[Task], rates: list[float]) -> dict[str, Any]:
         tree = tree_of(job)
         adapter, collate = dt.attach(model, tree, seed=job.seed), JointCollate(tokenizer())
         drawn = mixed(rows, n_steps * size.batch, float(size.temperature), job.seed)
-        plan = Plan(n_steps=n_steps, batch=size.batch, lr=lr, head_lr=HEAD_LR, seed=job.seed, **AS_DRAWN)
+        # Batches of rows of like length would be batches of like tasks.
+        plan = Plan(n_steps=n_steps, batch=size.batch, lr=lr, head_lr=HEAD_LR, seed=job.seed, by_length=False)
         n_trainable, n_head = adapter.params(), adapter.n_head
         fitted = fit(model, drawn, collate, plan, progress=lambda *a: tell("train", *a))
-        train_s += fitted.train_s
+        found = {
+            "hyper": tree.to_dict(), "n_trainable": n_trainable, "n_head": n_head, "n_backbone": n_backbone, "lr": lr,
+            "n_steps": n_steps, "curve": [(s, round(x, 4) if math.isfinite(x) else None) for s, x in fitted.curve],
+            "step_ms": fitted.step_ms, "tokens_per_s": fitted.tokens_per_s, "train_s": fitted.train_s,
+        }  # fmt: skip
+        if job.device == "cuda":
+            found["peak_bytes"] = torch.cuda.max_memory_allocated()
         try:
             scores = evaluate(model, tasks, validation, collate, 4 * size.batch)
-            mean = sum(scores[t.name][t.metric] for t in tasks) / len(tasks)
+            found["validation"] = {t.name: scores[t.name][t.metric] for t in tasks}
+            save_joint(adapter, folder)
         except ValueError:  # its outputs are not finite
-            mean = -math.inf
-        trials.append({"lr": lr, "validation": mean if math.isfinite(mean) else None})
-        if mean > best:
-            best = mean
-            save_joint(adapter, scratch)
-            found = {
-                "hyper": tree.to_dict(), "n_trainable": n_trainable, "n_head": n_head, "n_backbone": n_backbone, "lr": lr,
-                "validation": {t.name: scores[t.name][t.metric] for t in tasks}, "n_steps": n_steps,
-                "curve": [(s, round(x, 4) if math.isfinite(x) else None) for s, x in fitted.curve],
-                "step_ms": fitted.step_ms, "tokens_per_s": fitted.tokens_per_s,
-            }  # fmt: skip
-            if job.device == "cuda":
-                found["peak_bytes"] = torch.cuda.max_memory_allocated()
-    if not found:
+            folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / TRIAL, json.dumps(found))
+        tried.append((found, folder))
+    means = [sum(one.get("validation", {"": math.nan}).values()) / len(tasks) for one, _ in tried]
+    trials = [
+        {"lr": one["lr"], "validation": mean if math.isfinite(mean) else None}
+        for (one, _), mean in zip(tried, means, strict=True)
+    ]
+    if not any(map(math.isfinite, means)):
         raise ValueError(f"every learning rate diverged: {', '.join(str(t['lr']) for t in trials)}")
+    found, folder = tried[int(np.nanargmax(means))]
     shutil.rmtree(job.folder, ignore_errors=True)
-    scratch.rename(job.folder)
+    folder.rename(job.folder)
+    (job.folder / TRIAL).unlink()
+    train_s = sum(one.pop("train_s") for one, _ in tried)
+    for _, rest in tried:
+        shutil.rmtree(rest, ignore_errors=True)
     return found | {"trials": trials, "seconds": {"train": train_s}}
 
 
 def shots(job: Job, tasks: list[Task], rates: list[float]) -> dict[str, Any]:
-    """A few rows of one task, all in each batch; the model is left trained. What is only searched for gets a head from them first."""
+    """A few rows of one task, all in each batch; the model is left trained.
+
+    What is only searched for is searched on the second half of them, under a head of the first half, which is no judge of rows
+    that it was trained on; then the head goes on with all of them, over what was found.
+    """
     tell, size, searches = cells.telling(job), job.size, job.method in SEARCHES
     few = [t.limit(n_train=size.n_shots, seed=job.seed) for t in tasks]
     torch.manual_seed(job.seed)
@@ -277,23 +292,33 @@ def shots(job: Job, tasks: list[Task], rates: list[float]) -> dict[str, Any]:
     first = "head" if searches else job.method
     lr = rates[0] if rates else learning_rates(*named(first).lr, 1)[0]
     tree = tree_of(replace(job, method=first))
-    adapter = dt.attach(model, tree, seed=job.seed)
-    plan = Plan(n_steps=size.shot_steps, batch=len(rows), lr=lr, head_lr=HEAD_LR, seed=job.seed)
-    fitted = fit(model, rows, collate, plan, progress=lambda *a: tell("train", *a))
-    found = {"lr": lr, "hyper": tree.to_dict(), "n_trainable": adapter.params(), "n_head": adapter.n_head,
-             "shots": [t.train.hash for t in few], "step_ms": fitted.step_ms, "seconds": {"train": fitted.train_s}}  # fmt: skip
-    if searches:
+
+    def learn(given: Rows) -> tuple[dt.Adapter, dict[str, Any]]:
+        adapter = dt.attach(model, tree, seed=job.seed)
+        plan = Plan(n_steps=size.shot_steps, batch=len(given), lr=lr, head_lr=HEAD_LR, seed=job.seed)
+        fitted = fit(model, given, collate, plan, progress=lambda *a: tell("train", *a))
+        said = {"n_trainable": adapter.params(), "n_head": adapter.n_head, "step_ms": fitted.step_ms}
+        return adapter, said | {"seconds": {"train": fitted.train_s}}
+
+    def settled(adapter: dt.Adapter) -> None:
         adapter.merge()
         adapter.detach()
-        tell("search", 0, 0, None, 0.0)
-        begun, batch = time.perf_counter(), {k: v.to(job.device) for k, v in collate(rows.rows).items()}
-        # The paper's code divides the shots' mean loss by their number once more; its text does not, and l1 is brought to it.
-        tree = tree_of(job, batches=(batch,), l1=0.05 / len(rows), seed=job.seed)
-        adapter = dt.attach(model, tree, head=None, seed=job.seed)
-        weights = adapter.calibrated["weights"].tolist()
-        found |= {"weights": weights, "n_trainable": len(weights), "hyper": {"method": job.method}}
-        found["seconds"]["search"] = time.perf_counter() - begun
-    return found | {"model": model}
+
+    found: dict[str, Any] = {"lr": lr, "hyper": tree.to_dict(), "shots": [t.train.hash for t in few]}
+    if not searches:
+        return found | learn(rows)[1] | {"model": model}
+    half = len(rows) // 2  # the order is stratified, so both halves are
+    settled(learn(Rows(rows.rows[:half]))[0])
+    tell("search", 0, 0, None, 0.0)
+    begun, batch = time.perf_counter(), {k: v.to(job.device) for k, v in collate(rows.rows[half:]).items()}
+    # The paper's code divides the shots' mean loss by their number once more; its text does not, and l1 is brought to it.
+    searched = tree_of(job, batches=(batch,), l1=0.05 / (len(rows) - half), seed=job.seed)
+    adapter = dt.attach(model, searched, head=None, seed=job.seed)
+    weights, search_s = adapter.calibrated["weights"].tolist(), time.perf_counter() - begun
+    settled(adapter)
+    found |= learn(rows)[1]
+    found["seconds"]["search"] = search_s
+    return found | {"weights": weights, "n_trainable": len(weights), "hyper": {"method": job.method}, "model": model}
 
 
 def tested(job: Job, tasks: list[Task], found: dict[str, Any]) -> dict[str, Any]:
@@ -472,8 +497,6 @@ def jobs_of(given: argparse.Namespace, console: Console) -> list[Job]:
 
 def run(given: argparse.Namespace, console: Console) -> int:
     """All of it; the number of cells that failed."""
-    if not AS_DRAWN and not given.tried:
-        raise ValueError("Plan has no by_length here: batches of rows of like length would be batches of like tasks")
     jobs = jobs_of(given, console)
     console.print(f"{len(jobs)} to do, {given.workers} beside each other on {given.device}", highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[more]}"),
