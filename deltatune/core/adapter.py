@@ -27,7 +27,7 @@ from .method import Delta, Method
 from .probe import probe
 from .ragged import ragged_in, refill
 from .record import HEAD, Entry, Info, Record, refresh, release, remove, standing
-from .runtime import Banks, original, swap, walk
+from .runtime import Banks, dtype_of, original, swap, walk
 from .schedule import Schedule
 from .sharded import assign, whole
 from .site import Site, all_sites
@@ -420,7 +420,7 @@ class Adapter:
                 with torch.no_grad():
                     weight, bias = base.folded(module, [delta])
                     if base.quantised(module, delta.site):
-                        base.unquantise(module, delta.site, _dtype_of(self.model))
+                        base.unquantise(module, delta.site, dtype_of(self.model))
                         swap(module, entry.module, own=nn.Linear)
                     base.write(module, delta.site, weight, bias)
             if requantise:
@@ -501,12 +501,6 @@ class Adapter:
         refresh(self.model, record)
         if not record.infos:
             release(self.model, record)
-
-
-def _dtype_of(model: nn.Module) -> torch.dtype:
-    """Of the states: what the first plain floating parameter of the base has."""
-    own = (p for _, module in walk(model) for p in module._parameters.values() if type(p) is nn.Parameter)
-    return next((p.dtype for p in own if p.is_floating_point()), torch.float32)
 
 
 def _write_back(name: str, module: nn.Module, site: Site, kept: SimpleNamespace) -> None:

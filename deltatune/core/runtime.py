@@ -591,6 +591,12 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         stack.extend(reversed(children))
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Of the states: what the first plain floating parameter of the base has."""
+    own = (p for _, module in walk(model) for p in module._parameters.values() if type(p) is nn.Parameter)
+    return next((p.dtype for p in own if p.is_floating_point()), torch.float32)
+
+
 class _Beside(nn.ModuleDict):
     """A child beside a module's own ones: `nn.Sequential`, and a loop over children, run it too; it gives back what it gets."""
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..core.base import own_class
 from ..core.files import write_atomic
+from ..core.runtime import dtype_of
 from ..core.site import Site, sites
 from ..core.storage import format_of
 from .layers import Kind, options_of, said
@@ -74,8 +75,7 @@ def dequantise(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """
     if "_deltatune" in model.__dict__:
         raise ValueError("an adapter stands on this model; dequantise first, then attach")
-    floating = (p for m in model.modules() if format_of(m) is None for p in m._parameters.values() if p is not None)
-    dtype = dtype or next((p.dtype for p in floating if p.is_floating_point()), torch.float32)
+    dtype = dtype or dtype_of(model)
     for name, module in list(model.named_modules()):
         kind = format_of(module)
         if kind is None:
@@ -168,7 +168,7 @@ def save_base(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         temporary.unlink(missing_ok=True)
     config: Any = model.config
     config.save_pretrained(folder)
-    dtype = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
+    dtype = str(dtype_of(model)).removeprefix("torch.")
     card = {"format": FORMAT, "class": type(model).__name__, "dtype": dtype, "layers": kept, "sha256": digest}
     write_atomic(folder / CARD, (json.dumps(card, indent=1) + "\n").encode())
 
