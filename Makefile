@@ -18,7 +18,7 @@ test: .venv/.dev .venv-oldest/.made
 	$(BIN)/ruff check
 	$(BIN)/pytest -n 2
 	$(OLDEST) $(BIN)/python -c "import transformers as t; assert t.__version__ == '5.17.0', t.__version__"
-	$(OLDEST) $(BIN)/pytest -n 2 $(wildcard tests/core tests/contract)
+	DELTATUNE_CONTRACT_SHARE=3 $(OLDEST) $(BIN)/pytest -n 2 $(wildcard tests/core tests/contract)
 
 # What an editor would say: style, types, arrows.
 check: .venv/.dev

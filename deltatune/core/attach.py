@@ -100,8 +100,7 @@ def attach(
                 f"{leaf.method.name} starts from a plain base's weights, and this tree was attached once already; make the "
                 f"method anew, dt.attach(model, {leaf.method.name!r}, ...), or take the file, dt.load or dt.saved"
             )
-    kept = tree.replaced({path: replace(leaf, start=None) for path, leaf in tree.leaves()})
-    adapter = _attach(model, kept, name, seed, head == "auto", None)
+    adapter = shaped(model, tree, name, seed, head == "auto")
     with or_off(adapter) as undo:
         for path, leaf in tree.leaves():
             if leaf.start is not None:
@@ -110,6 +109,12 @@ def attach(
         if probe is not None:
             adapter.probe(**probe)
     return adapter
+
+
+def shaped(model: nn.Module, tree: Tree, name: str = "default", seed: int = 0, head: bool = False) -> Adapter:
+    """`attach` as far as shapes go: no start looks at values, and whether a layer is quantised is not asked."""
+    kept = tree.replaced({path: replace(leaf, start=None) for path, leaf in tree.leaves()})
+    return _attach(model, kept, name, seed, head, None)
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default", trainable: bool = False) -> Adapter:
@@ -460,8 +465,23 @@ def _in_order(plan: Sequence[tuple[Entry, Delta]]) -> list[tuple[Entry, Delta]]:
             if _on_weight(part):
                 apart = isinstance(part, Mixed)
                 check_folds([p for p in inside if not (apart and base.are_apart(p.site, part.site))], part)
+            _check_left(inside, part)
             inside.append(part)
     return ordered
+
+
+def _check_left(inside: Sequence[Delta], part: Delta) -> None:
+    """Raise ValueError where `part`, or one under its node, replaces the weight that something inside it changes."""
+    if isinstance(part, Meet):
+        for n, one in enumerate(part._parts):
+            _check_left(part._parts[:n] if part.op == "stack" else [], one)
+    at = part.site
+    lost = [p for p in inside if p.site.param == at.param and at.rows in (None, p.site.rows)]
+    if lost and _all_own(part, "replaces"):
+        raise ValueError(
+            f"{at.name}: {names_of(lost)} would have no effect, since {names_of([part])} around it has a weight of its own in the "
+            f"place of the layer's; put {names_of(lost)} around it, at other sites, or leave it out"
+        )
 
 
 def _on_weight(part: Delta) -> bool:
@@ -475,7 +495,7 @@ def _check_gradients(plan: Sequence[tuple[Entry, Delta]], every: Sequence[Site],
     """Raise ValueError where a leaf would train inside a method through which no gradient comes back."""
     order = {site.module: i for i, site in enumerate(every)}
     for n, (end, part) in enumerate(plan):
-        if not _seals(part):
+        if not _all_own(part, "seals"):
             continue
         own = {delta.path for delta in parts_of(part)}
         for m, (entry, other) in enumerate(plan):
@@ -491,13 +511,14 @@ def _check_gradients(plan: Sequence[tuple[Entry, Delta]], every: Sequence[Site],
                 )
 
 
-def _seals(part: Delta) -> bool:
-    """Does no gradient come through it? A node that adds to the site's own output, or mixes with it, lets one through."""
+def _all_own(part: Delta, word: str) -> bool:
+    """Does it say that (`seals`, `replaces`)? A node that adds to what is inside it, or mixes with it, lets that through."""
     if isinstance(part, Mixed) or isinstance(part, Meet) and part.op == "sum":
         return False
     if isinstance(part, Meet):
-        return (any if part.op == "stack" else all)(map(_seals, part._parts))
-    return part.seals
+        return (any if part.op == "stack" else all)(_all_own(one, word) for one in part._parts)
+    own: bool = getattr(part, word)
+    return own
 
 
 def _commit(

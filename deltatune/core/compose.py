@@ -219,8 +219,10 @@ class Mixing(Node):
         return node
 
     def again(self, children: "Sequence[Leaf | Node]") -> "Node":
-        """The same node over other children."""
-        return type(self)(*children, **self.hyper())
+        """The same node over other children, with the values that its mixer is to start from, frozen where it was."""
+        node = type(self)(*children, **self.hyper())
+        node.mixer = replace(self.mixer, config=node.mixer.config)
+        return node
 
     def hyper(self) -> dict[str, Any]:
         """The mixer's hyperparameters."""
@@ -228,7 +230,8 @@ class Mixing(Node):
 
     def to_dict(self) -> dict[str, Any]:
         """The tree as plain data."""
-        return super().to_dict() | {"config": _plain(self.hyper(), list)}
+        frozen = {"frozen": True} if self.mixer.frozen else {}
+        return super().to_dict() | {"config": _plain(self.hyper(), list)} | frozen
 
     def __eq__(self, other: object) -> bool:
         return super().__eq__(other) and isinstance(other, Mixing) and self.mixer == other.mixer
@@ -289,7 +292,7 @@ def tree_from_dict(
         if str(data["op"]) not in NODES:
             raise unknown("node", str(data["op"]), NODES)
         node = NODES[str(data["op"])]
-        known = ("op", "children", "config") if issubclass(node, Mixing) else ("op", "children")
+        known = ("op", "children", "config", "frozen") if issubclass(node, Mixing) else ("op", "children")
         extra = data.keys() - set(known)
         if extra:
             raise unknown(f"key of a {data['op']} node", sorted(extra)[0], known)
@@ -299,7 +302,10 @@ def tree_from_dict(
         own = data.get("config") or {}
         if not isinstance(own, Mapping):
             raise ValueError(f"config of {data['op']} must be a mapping, not {own!r}")
-        return node(*(tree_from_dict(c, methods, other) for c in children), **own)
+        made = node(*(tree_from_dict(c, methods, other) for c in children), **own)
+        if isinstance(made, Mixing):
+            made.mixer = replace(made.mixer, frozen=_frozen(data, node.__name__))
+        return made
     if other is not None and "method" not in data:
         return other(data)
     keys = ("method", "config", "where", "layers", "frozen")
@@ -312,10 +318,16 @@ def tree_from_dict(
     layers, config = data.get("layers"), data.get("config") or {}
     if not isinstance(config, Mapping):
         raise ValueError(f"config of {cls.name} must be a mapping, not {config!r}")
+    own_place = where_of(data.get("where")), layers_of(layers)
+    return Leaf(cls, cls.configure(**config), *own_place, frozen=_frozen(data, cls.name))
+
+
+def _frozen(data: Mapping[str, Any], name: str) -> bool:
+    """Is the part written as frozen, a node's own tensors or a leaf's? Raises ValueError where that is no yes or no."""
     frozen = data.get("frozen", False)
     if not isinstance(frozen, bool):
-        raise ValueError(f"frozen of {cls.name} must be true or false, not {frozen!r}")
-    return Leaf(cls, cls.configure(**config), where_of(data.get("where")), layers_of(layers), frozen=frozen)
+        raise ValueError(f"frozen of {name} must be true or false, not {frozen!r}")
+    return frozen
 
 
 def comments_in(source: Any) -> dict[str, str]:
@@ -495,6 +507,12 @@ def storage_of(tree: Tree) -> str:
     return next(
         (leaf.method.quantised for _, leaf in tree.leaves() if leaf.start is None and leaf.method.quantised), ""
     )
+
+
+def looking(tree: Tree, rows: Callable[[int], Iterable[Any]]) -> Tree:
+    """The tree whose starts look at `rows(n)`, batches of at most n training rows, where a method's start looks at data."""
+    new = {p: leaf.method.looks(leaf, rows(n)) for p, leaf in tree.leaves() if (n := leaf.method.starts_on)}
+    return tree.replaced(new)
 
 
 def names_of(deltas: "Sequence[nn.Module]") -> str:

@@ -18,6 +18,7 @@ from .refold import plain_autograd
 
 CODES = ("int", "nf")
 BITS = (1, 2, 3, 4, 8)
+AT_ONCE = 2**18  # weights that are quantised together: each takes 40 bytes while it is
 
 
 @functools.cache
@@ -85,7 +86,12 @@ class GroupLinear(nn.Module):
     def of(cls, linear: Any, bits: int = 4, group: int = 64, code: str = "int") -> "GroupLinear":
         """The layer's weight, quantised to the nearest code."""
         layer = cls(linear.in_features, linear.out_features, bits, group, code, linear.bias).to(linear.weight.device)
-        layer.keep(*layer.nearest(linear.weight))
+        n = max(1, AT_ONCE // layer.in_features)
+        for rows in (slice(at, at + n) for at in range(0, layer.out_features, n)):
+            q, layer.scales[rows], z = layer.nearest(linear.weight[rows])
+            layer.codes[rows] = packed(q, bits)
+            if layer.zeros is not None and z is not None:
+                layer.zeros[rows] = z
         return layer
 
     def _apply(self, fn: Any, recurse: bool = True) -> "GroupLinear":
@@ -107,8 +113,8 @@ class GroupLinear(nn.Module):
         return normal_floats(self.bits).to(device) if self.code == "nf" else torch.arange(2.0**self.bits, device=device)
 
     def nearest(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(q, s, z) of (O, I): scales from each group's range, then the nearest codes."""
-        w = weight.detach().float().view(self.out_features, -1, self.group)
+        """(q, s, z) of (O, I) or some of its rows: scales from each group's range, then the nearest codes."""
+        w = weight.detach().float().view(len(weight), -1, self.group)
         if self.code == "nf":
             s = w.abs().amax(-1)
             table = self.table()

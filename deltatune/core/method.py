@@ -22,7 +22,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, make_dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, dataclass_transform
@@ -93,6 +93,7 @@ class Delta(nn.Module):
     has_fold: bool = False
     has_linear: bool = False
     has_product: bool = False
+    has_pair: bool = False
     has_around: bool = False
     changes_input: bool = False  # it stands around a norm, and says by `change` what the norm itself gets
     has_kv: bool = False
@@ -104,6 +105,7 @@ class Delta(nn.Module):
     random_fold: bool = False  # `fold` draws: it cannot be computed again in the backward
     noisy: bool = False  # its training forward is random: the weight path, which knows no rows, cannot run it
     seals: bool = False  # its output is its own alone: no gradient goes from it into the backbone
+    replaces: bool = False  # its weight is its own alone: nothing is left of what is inside it at the layer
     frame: "Frame"
     switch: "Switch"
     tap: str = ""  # a span's: under which key the entry leaves its input
@@ -123,6 +125,10 @@ class Delta(nn.Module):
 
     def linear(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
         """The whole layer at once, for a delta alone at a linear site; equal to `post(base(x), x)`."""
+        raise NotImplementedError
+
+    def pair(self) -> tuple[Tensor, Tensor, float]:
+        """A (R, I), B (O, R) and s, tensors of its own in their own dtype, of the change s B A that `linear` runs by a kernel."""
         raise NotImplementedError
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -154,7 +160,7 @@ class Delta(nn.Module):
         return self.fold(weight, bias)
 
 
-_WORDS = ("pre", "post", "fold", "linear", "product", "around", "kv", "tokens", "embed", "gaps")
+_WORDS = ("pre", "post", "fold", "linear", "pair", "product", "around", "kv", "tokens", "embed", "gaps")
 _WEIGHTS = frozenset({"linear", "conv2d", "embedding", "experts"})
 
 
@@ -179,6 +185,12 @@ class Method(Delta):
     rebases: ClassVar[bool] = False  # its start quantises the base for good, and a file of it belongs to that base
     quantised: ClassVar[str] = (
         ""  # the format of `deltatune.quant` that its base has by default; a plain one is refused
+    )
+    paged: ClassVar[bool] = (
+        False  # the trainers' AdamW keeps its state in pages, which CUDA moves where memory runs short
+    )
+    starts_on: ClassVar[int] = (
+        0  # training rows that its start looks at, at most, where `train` and `compare` have them
     )
     helper: ClassVar[bool] = False  # a part of trees, no candidate of a comparison by itself
     schedule: ClassVar["type[Schedule] | None"] = None
@@ -217,6 +229,10 @@ class Method(Delta):
         )  # where pickle looks
         for word in _WORDS:
             setattr(cls, f"has_{word}", getattr(cls, word) is not getattr(Delta, word))
+        first = {word: next(c for c in cls.__mro__ if word in c.__dict__) for word in ("pair", "linear")}
+        cls.has_pair &= issubclass(
+            first["pair"], first["linear"]
+        )  # of a `linear` that another class wrote it says nothing
         for key, slot in cls.slots.items():
             shapes.parse(slot.shape)
             if slot.shared:
@@ -258,6 +274,11 @@ class Method(Delta):
     def start(cls, adapter: Any, path: str, sources: "list[Saved]") -> None:
         """Fill the deltas of the leaf `path` from saved adapters that fit this backbone. Raises ValueError where they do not."""
         raise NotImplementedError(f"{cls.name} declares sources")
+
+    @classmethod
+    def looks(cls, leaf: Leaf, batches: "Iterable[Any]") -> Leaf:
+        """The leaf, whose start looks at `batches`, of at most `starts_on` training rows."""
+        raise NotImplementedError(f"{cls.name} declares starts_on")
 
     @classmethod
     def configure(cls, **hyper: Any) -> Any:

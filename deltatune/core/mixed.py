@@ -192,10 +192,13 @@ class Mixed(Meet):
         return mixed
 
     def _rows(self, word: str, ids: Tensor, head: Tensor, *more: Tensor) -> Tensor:
-        """`head` where each row, of (B) ids, runs its own child's word; equal children run at once, others one by one."""
+        """`head` where each row, of (B) ids, runs its own child's word; equal children run at once, others one by one.
+
+        A child without the word leaves its rows as they are: of a node's `pre` there are keys and values alone.
+        """
         from .runtime import cast
 
-        parts = self._running()
+        parts = {i: part for i, part in self._running().items() if getattr(part, f"has_{word}")}
         if not parts:
             return head
         if _are_alike(list(parts.values())):

@@ -5,7 +5,7 @@ their layers.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -137,6 +137,8 @@ def refresh(model: nn.Module, record: Record) -> None:
     readers = [d for d in leaves if d.reads_call]
     frame.readers = len(readers)
     frame.wanted = frozenset(n for n in OWN_FIELDS for d in readers if n in getattr(d, "reads", ()))
+    frame.factored = tuple(d for d in leaves if d.has_pair)
+    frame.beside = _of_one_input(model, frame.factored)
     lengthened = any(d.site.kind == "input" and d.site.stack == "encoder" for d in leaves)
     shifted = any(getattr(d, "shift", False) for d in leaves)
     carriers: set[str] = set()
@@ -187,3 +189,19 @@ def release(model: nn.Module, record: Record) -> None:
 def root_layers(model: nn.Module) -> tuple[str, ...]:
     """The layers of behaviour that the attached model itself takes."""
     return ("root", *(name for name, applies in ROOT_LAYERS.items() if applies(model)))
+
+
+# the roles of linear layers in one module that read one input
+ONE_INPUT = {"attn.q": "attn", "attn.k": "attn", "attn.v": "attn", "cross.k": "cross", "cross.v": "cross"}
+ONE_INPUT |= {"mlp.gate": "mlp", "mlp.up": "mlp"}
+
+
+def _of_one_input(model: nn.Module, deltas: Sequence[Delta]) -> dict[str, tuple[nn.Module, ...]]:
+    """By module, all that read its input, where there are several whose change is two factors."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for delta in deltas:
+        site = delta.site
+        if site.kind == "linear" and not site.rows and site.role in ONE_INPUT:
+            found.setdefault((site.module.rpartition(".")[0], ONE_INPUT[site.role]), set()).add(site.module)
+    groups = [sorted(names) for names in found.values() if len(names) > 1]
+    return {name: tuple(map(model.get_submodule, names)) for names in groups for name in names}

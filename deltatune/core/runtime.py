@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from . import base
+from .beneath import Beneath
 from .compose import names_of
 from .method import Delta
 from .site import Site
+from .storage import guarded
 
 # package -> what to do once it is loaded and a model is attached or unpickled; `deltatune/__init__.py` fills it
 INTEGRATIONS: dict[str, Callable[[], None]] = {}
@@ -116,6 +118,15 @@ class Frame:
     readers: int = 0  # deltas that read the call
     wanted: frozenset[str] = frozenset()  # of OWN_FIELDS, those that some delta reads
     n_given: int | None = None  # while `generate` runs, columns that were there at its start
+    beside: dict[str, tuple[nn.Module, ...]] = field(
+        default_factory=dict
+    )  # the layers of one input, by each one's module
+    ahead: dict[str, tuple[Tensor, int, Tensor]] = field(
+        default_factory=dict
+    )  # their inputs and outputs made with the first
+    factored: tuple[Delta, ...] = ()  # whose change is two factors
+    low: dict[int, Tensor] | None = None  # while the model's forward runs: these, by id, in the activations' dtype
+    among: Callable[..., Any] | None = None  # `adapted` where blocks of rows run under adapters of their own
 
 
 @dataclass(slots=True)
@@ -203,7 +214,7 @@ def adapted(
         delta = live[0]
         weight = module._parameters.get(delta.site.param)
         if weight is None or not hasattr(weight, "full_tensor"):  # sharded weights take the general path
-            return cast(delta, x.dtype).linear(x, functools.partial(forward, module))
+            return cast(delta, x.dtype).linear(x, Beneath(module, forward, delta))
     cut = 0
     for i, delta in enumerate(live, 1):
         if delta.has_fold and not delta.fast:
@@ -341,7 +352,7 @@ class Tap(Delta):
     def __init__(self, owner: Delta) -> None:
         super().__init__()
         self.site = replace(owner.site, entry=None)
-        self.switch = owner.switch
+        self.switch, self.frame = owner.switch, owner.frame
         self.__dict__["owner"] = owner  # not a child: the owner lives at the exit
 
     def pre(self, x: Tensor) -> Tensor:
@@ -366,7 +377,7 @@ class Leave(Delta):
     def __init__(self, owner: Delta) -> None:
         super().__init__()
         self.site = replace(owner.site, leave=None)
-        self.switch = owner.switch
+        self.switch, self.frame = owner.switch, owner.frame
         self.__dict__["owner"] = owner
 
     def post(self, y: Tensor, x: Tensor) -> Tensor:
@@ -395,12 +406,14 @@ def layer(name: str) -> Callable[[Layer], Layer]:
 @layer("site")
 def site_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any]) -> Callable[..., Any]:
     """The deltas at this module."""
-    first = input_name(cls)
+    first, forward = input_name(cls), guarded(cls, forward)
 
     @functools.wraps(forward)
     def site_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         live = [d for d in self.deltas.values() if d.switch.on]  # type: ignore[operator]
-        return adapted(self, forward, first, live, args, kwargs) if live else forward(self, *args, **kwargs)
+        if not live:
+            return forward(self, *args, **kwargs)
+        return (live[0].frame.among or adapted)(self, forward, first, live, args, kwargs)
 
     return site_forward
 
@@ -458,7 +471,7 @@ def root_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any]
             if name not in frame.wanted:
                 raise ValueError(f"{name} was given, but no attached method reads it")
         if not frame.readers:
-            return forward(self, *args, **kwargs)
+            return lowered(frame, forward, self, args, kwargs)
         own = {n: kwargs.pop(n) for n in given}
         known = {**dict(zip(names, args, strict=False)), **kwargs, **own}
         before = frame.call
@@ -467,12 +480,25 @@ def root_layer(cls: type, forward: Callable[..., Any], namespace: dict[str, Any]
         if isinstance(encoded := known.get("encoder_outputs"), dict):  # `generate` ran the encoder by itself
             frame.stash.update({key: state for key, state in encoded.items() if key.startswith(LEFT)})
         try:
-            return forward(self, *args, **kwargs)
+            return lowered(frame, forward, self, args, kwargs)
         finally:
             frame.call = before
             frame.stash.clear()
 
     return root_forward
+
+
+def lowered(
+    frame: Frame, forward: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The model's forward, in which factors are cast once for all layers."""
+    if not frame.factored or torch.compiler.is_compiling():
+        return forward(model, *args, **kwargs)
+    frame.low = {}
+    try:
+        return forward(model, *args, **kwargs)
+    finally:
+        frame.low = None
 
 
 @functools.cache

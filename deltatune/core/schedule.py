@@ -28,6 +28,7 @@ class Schedule:
     needs_groups = False  # True: the optimiser must have been built from `groups`; `begin` raises where it was not
     has_penalty = False  # True: it adds to gradients what is not scaled with the loss
     resizes = False  # True: it changes the shape of what is trained in mid-run, which DDP and FSDP do not follow
+    hooks_model = False  # True: it hooks the model's own forward, which sees the rows of all that run there
     needs_data = False  # True: `calibrate` must have run; `begin` raises where it did not
     # what `calibrate` looks at, at most: so many rows, each once, or so many batches, over the rows again where they are few
     looks_at: tuple[int, Literal["rows", "batches"]] = (1024, "rows")

@@ -10,8 +10,9 @@ has it read for the one layer that runs. Formats are told by what a layer has: n
 """
 
 import copy
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,9 @@ class Format:
     write: Callable[[Any, str, Tensor], None] | None = None
     kept: str = "weight"  # the tensor that holds it
     beside: tuple[str, ...] = ()  # attributes of the layer that belong to it, and go with it
+    product: Callable[[Any, Tensor], bool] = lambda module, x: (
+        False
+    )  # is its forward on x the product with what is read?
 
 
 def format_of(module: nn.Module, param: str = "weight") -> Format | None:
@@ -39,6 +43,36 @@ def format_of(module: nn.Module, param: str = "weight") -> Format | None:
     if weight is not None and type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point():
         return None
     return next((f for f in FORMATS if f.fits(module, param)), None)
+
+
+def unregistered(module: nn.Module) -> Iterator[Tensor]:
+    """What the layer's format keeps that is no parameter or buffer: bitsandbytes' scales hang at attributes."""
+    kind = format_of(module)
+    names = (*kind.beside, kind.kept) if kind is not None and kind.beside else ()
+    held = [getattr(module, name, None) for name in names]
+    while held:
+        for value in getattr(held.pop(), "__dict__", {}).values():
+            if isinstance(value, Tensor):
+                yield value
+            elif type(value).__name__ == "QuantState":
+                held.append(value)
+
+
+def guarded(cls: type, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer class's forward, which raises ValueError where sharding has taken what the format keeps at its parameter."""
+    if cls.__name__ != "Linear8bitLt":
+        return forward
+
+    @functools.wraps(forward)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(self.weight) is nn.Parameter:
+            raise ValueError(
+                "LLM.int8 keeps its scales at the parameter, and FSDP2 puts a plain one in its place; shard a base in bnb-nf4, or "
+                "train this one under DDP"
+            )
+        return forward(self, *args, **kwargs)
+
+    return checked
 
 
 def _bnb() -> Any:
@@ -143,7 +177,14 @@ def _has(*names: str) -> Callable[[Any, str], bool]:
 
 
 FORMATS = (
-    Format("bitsandbytes, 4 bits", _is("Params4bit"), _read_4bit, _write_4bit, beside=("quant_state",)),
+    Format(
+        "bitsandbytes, 4 bits",
+        _is("Params4bit"),
+        _read_4bit,
+        _write_4bit,
+        beside=("quant_state",),
+        product=lambda m, x: m.compute_dtype in (None, x.dtype),
+    ),
     Format("bitsandbytes, 8 bits", _is("Int8Params"), _read_8bit, _write_8bit, beside=("state",)),
     Format(
         "groups of codes",
@@ -151,6 +192,7 @@ FORMATS = (
         lambda m, p: m.dequantize(),
         lambda m, p, weight: m.write(weight),
         kept="codes",
+        product=lambda m, x: True,
     ),
     Format("HQQ", _has("W_q", "meta", "dequantize"), lambda m, p: m.dequantize(), kept="W_q", beside=("meta",)),
     Format("GPTQ", _has("qweight", "qzeros", "scales", "g_idx", "bits"), _read_gptq, kept="qweight"),

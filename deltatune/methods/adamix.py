@@ -15,7 +15,7 @@ from ..core.compose import Per
 from ..core.inits import kaiming, normal, zeros
 from ..core.method import Method, param
 from ..core.schedule import Schedule, ride
-from ..kernels.lora import add_low_rank
+from ..kernels.lora import low_rank
 from .bottleneck import Activation, Sequential
 from .lora import LoRA, LowRank
 
@@ -30,6 +30,8 @@ class TwoPasses(Schedule):
     has no distributions, and runs once. The term is in the model's own loss; of a model that gives none it rides on the
     answers, where an fp16 loss scale does not reach it.
     """
+
+    hooks_model = True
 
     def begin(self, optimizer, n_steps, n_micro=1):
         super().begin(optimizer, n_steps, n_micro)
@@ -256,4 +258,4 @@ class AdaMixLoRA(Experts, LowRank, name="adamix_lora"):
     def linear(self, x, base):
         (a,), (b,) = self.half("down"), self.half("up")
         dropped = F.dropout(x, self.dropout, self.training)
-        return add_low_rank(base(x), dropped, a.to(x.dtype), b.to(x.dtype), self.scale)
+        return low_rank(base, x, dropped, a.to(x.dtype), b.to(x.dtype), self.scale)

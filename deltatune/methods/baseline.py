@@ -22,6 +22,7 @@ class Own(Method):
     category = "baseline"
     kinds = frozenset({"linear", "conv2d", "embedding", "norm"})
     lr = (1e-4, 1e-2)
+    replaces = True
 
     def build(self, base, dtype):
         self.weight = nn.Parameter(base.weight.to(dtype, copy=True, memory_format=torch.contiguous_format))

@@ -45,8 +45,8 @@ class BitDelta(Method, name="bitdelta"):
 
     Made of one fine-tuning of this base: `sources=[folder]` of a saved adapter, full or any that folds, or `tuned=model`. What
     changed of the layers' biases is kept as it is, and a layer that did not change holds nothing. What changed elsewhere is
-    refused by name, unless `where` says what is wanted; `bitdelta_full` keeps it. A task head that was trained beside it becomes
-    this one's.
+    refused by name, unless `where` or `layers` says what is wanted; `bitdelta_full` keeps it. A task head that was trained
+    beside it becomes this one's.
     """
 
     paper = "2402.10193"
@@ -133,9 +133,9 @@ class BitDelta(Method, name="bitdelta"):
 def bitdelta_full(
     sources: tuple[str, ...] = (),  # the folder of an adapter that trained the base itself
     tuned: object = None,  # or the fine-tuned model
-    rest: str = "norm,embed",  # what is kept in full precision where it changed
+    rest: str = "norm,embedding|embed,lm_head|embed",  # what is kept in full precision where it changed
 ) -> Tree:
-    """W' = W + alpha S at every linear layer, or at `where`; the rest, norms and embeddings, as it was fine-tuned, not trained."""
+    """W' = W + alpha S at every linear layer, or at `where`; norms, embeddings and an output layer stay as they were fine-tuned."""
     kept = replace(Values(where=rest), frozen=True)
     if not sources and tuned is None:
         return Stack(BitDelta(), kept)
@@ -172,7 +172,8 @@ def _source(name: str, sources: Sequence[Any] | None, tuned: Any) -> Source:
 def _start(source: Source, adapter: Adapter, path: str, whole: bool = False) -> None:
     """Give the leaf at `path` what the source changed at its sites; all of it must be held where no place was named."""
     with _read(adapter, source) as tuned:
-        if whole or dict(adapter.tree.leaves())[path].where is None:
+        own = dict(adapter.tree.leaves())[path]
+        if whole or own.where is None and own.layers is None:
             _check_held(adapter, tuned)
         for delta in (d for (leaf, _), d in adapter.deltas.items() if leaf == path):
             weight, bias = _rows(tuned.at(delta.site), delta.site)
@@ -222,7 +223,7 @@ def _read(adapter: Adapter, source: Source) -> Iterator[Tuned]:
     try:
         for module in (*other.deltas.values(), other.bank):
             if module is not None:
-                module.double().eval()
+                nn.Module.double(module).eval()  # LoftQ has a hyperparameter of that name
         stands: dict[tuple[str, str], list[Any]] = {}
         for entry, _, delta in standing(model, other._info, name):
             if not delta.has_fold:
@@ -324,7 +325,7 @@ def _check_held(adapter: Adapter, tuned: Tuned) -> None:
                 tied = "" if alias == name else f", to which {alias} is tied"
                 raise ValueError(
                     f"{tuned.label} changed {name}{tied}, and no bit stands there; `bitdelta_full` with its place in `rest` keeps "
-                    f"it in full precision, and `where` says which places are wanted alone"
+                    f"it in full precision, and `where` or `layers` says what is wanted alone"
                 )
     for name, sites in held.items():
         change = tuned.at(sites[0])[0] if sites[0].rows and name in tuned.moved else None

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.schedule import Schedule
-from ..kernels.lora import add_low_rank
+from ..kernels.lora import low_rank
 from .lora import LowRank
 
 
@@ -100,4 +100,4 @@ class DyLoRA(LowRank, name="dylora"):
 
     def linear(self, x, base):
         a, b = self.factors()
-        return add_low_rank(base(x), F.dropout(x, self.dropout, self.training), a, b, 1.0)
+        return low_rank(base, x, F.dropout(x, self.dropout, self.training), a, b, 1.0)

@@ -12,7 +12,7 @@ from ..core.inits import constant, kaiming, uniform
 from ..core.method import Method, fixed, param
 from ..core.schedule import Schedule
 from ..core.sharded import whole
-from ..kernels.lora import add_low_rank
+from ..kernels.lora import low_rank
 from .lora import LoRA, LowRank
 
 
@@ -190,7 +190,7 @@ class AFLoRA(Method, name="aflora"):
         return y + F.linear(F.linear(F.dropout(x, self.dropout, self.training), a), b)
 
     def linear(self, x, base):
-        return add_low_rank(base(x), F.dropout(x, self.dropout, self.training), *self.factors(), 1.0)
+        return low_rank(base, x, F.dropout(x, self.dropout, self.training), *self.factors(), 1.0)
 
 
 def drawn(size):
@@ -246,7 +246,7 @@ class LoRASP(LowRank, name="lora_sp"):
         return y + self.scale * F.linear(F.linear(F.dropout(x, self.dropout, self.training), a), b)
 
     def linear(self, x, base):
-        return add_low_rank(base(x), F.dropout(x, self.dropout, self.training), *self.factors(), self.scale)
+        return low_rank(base, x, F.dropout(x, self.dropout, self.training), *self.factors(), self.scale)
 
     def finished(self, leaf):
         given = {key: getattr(leaf.config, key) for key in ("r", "alpha", "power", "dropout")}

@@ -13,7 +13,7 @@ from ..core.ragged import refill
 from ..core.refold import linear as refolded
 from ..core.refold import plain_autograd
 from ..core.schedule import Schedule, ride
-from ..kernels.lora import add_low_rank
+from ..kernels.lora import low_rank
 
 RESERVE = 1e-5  # e of the triplets that train in advance
 
@@ -242,7 +242,7 @@ class IncreLoRA(Method, name="increlora"):
     def linear(self, x, base):
         dropped = F.dropout(x, self.dropout, self.training)
         if self.exact.watch is None or not torch.is_grad_enabled():
-            return add_low_rank(base(x), dropped, self.rows(), self.b, 1.0)
+            return low_rank(base, x, dropped, self.rows(), self.b, 1.0)
         if not plain_autograd(x):
             return base(x) + F.linear(dropped, self.change())
         return base(x) + refolded(dropped, lambda: (self.change(), None), [self.exact])

@@ -15,7 +15,7 @@ from ..core.rebase import check_alone, rebase
 from ..core.sharded import assign
 from ..core.site import HEADS, Site
 from ..core.storage import format_of
-from ..quant.base import check_fits, check_plain
+from ..quant.base import check_finite, check_fits, check_plain
 from ..quant.layers import KINDS, options_of
 from .lora import LoRA
 
@@ -168,8 +168,7 @@ def plain(adapter: Any, site: Site) -> tuple[Any, Tensor]:
     """The layer at a site, and its (O, I) weight in fp32. Raises ValueError where that is not finite."""
     module = adapter.model.get_submodule(site.module)
     weight = Base(module, site).weight.float()
-    if not bool(weight.isfinite().all()):
-        raise ValueError(f"{site.name}: its weight is not finite")
+    check_finite(site.name, weight)
     return module, weight
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..core.inits import kaiming, row_norm, row_square
 from ..core.method import Method, fixed, param
-from ..kernels.lora import add_low_rank
+from ..kernels.lora import low_rank
 
 
 class LowRank(Method):
@@ -49,9 +49,13 @@ class LoRA(LowRank, name="lora"):
         y = y + self.scale * F.linear(h, self.b)
         return y + self.d if self.bias else y
 
+    def pair(self):
+        return self.a, self.b, self.scale
+
     def linear(self, x, base):
-        y = add_low_rank(base(x), F.dropout(x, self.dropout, self.training), self.a, self.b, self.scale)
-        return y + self.d if self.bias else y
+        own = self.exact  # the operation casts
+        y = low_rank(base, x, F.dropout(x, own.dropout, own.training), *own.pair())
+        return y + self.d if own.bias else y
 
 
 class DoRA(LowRank, name="dora"):

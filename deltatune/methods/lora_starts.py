@@ -9,7 +9,7 @@ from ..core.inits import kaiming, zeros
 from ..core.method import fixed, param
 from ..core.schedule import Schedule
 from ..core.sharded import assign, whole
-from ..kernels.lora import add_low_rank
+from ..kernels.lora import low_rank
 from .lora import LoRA, LowRank
 
 
@@ -67,7 +67,7 @@ class PiSSA(LowRank, name="pissa"):
         own, dropped = self.exact, F.dropout(x, self.dropout, self.training)
         b = torch.cat([own.b, own.b - own.b0], 1).to(x.dtype)
         if dropped is x:
-            return add_low_rank(base(x), x, torch.cat([own.a - own.a0, own.a0]).to(x.dtype), b, self.scale)
+            return low_rank(base, x, x, torch.cat([own.a - own.a0, own.a0]).to(x.dtype), b, self.scale)
         h0 = F.linear(x, self.a0)
         return base(x) + self.scale * F.linear(torch.cat([F.linear(dropped, self.a) - h0, h0], -1), b)
 

@@ -97,6 +97,7 @@ class LQLoRA(OnCodes, name="lq_lora"):
     """
 
     paper = "2311.12023"
+    starts_on = 256
     r: int = 64  # rank
     alpha: float = 16.0  # scale of the update, divided by r^power
     bits: float = 2.75  # of a weight, on average over all matrices, with scales and zeros
@@ -113,6 +114,11 @@ class LQLoRA(OnCodes, name="lq_lora"):
             raise ValueError(f"{cls.name}: batches are a list of the model's keywords, not one such mapping")
         if loss is not None and batches is None:
             raise ValueError(f"{cls.name}: a loss without batches has nothing to look at")
+        return cls.looks(leaf, batches, loss)
+
+    @classmethod
+    def looks(cls, leaf, batches, loss=None):
+        """The leaf, whose start looks at `batches` where there are any."""
         return replace(leaf, start=partial(begin, partial(cls.split, batches=batches, loss=loss)))
 
     @classmethod

@@ -149,7 +149,7 @@ class NearIdentity(Schedule):
     @torch.no_grad()
     def before_step(self, step):
         for d in self.adapter.deltas.values():
-            if isinstance(d, AttentionMixer) and d.penalty:
+            if isinstance(d, AttentionMixer) and d.penalty and d.v.grad is not None:  # frozen, or no row ran it
                 v = whole(d.v)
                 pull = 2 * d.penalty * (v - torch.eye(len(v), dtype=v.dtype, device=v.device))
                 assign(d.v.grad, whole(d.v.grad) + pull)
@@ -193,14 +193,18 @@ class RowMixer(Mixer, name="rows"):
         return False
 
     def rows(self, like):
-        """(B), on the device of `like` (B, ...). Raises ValueError where they are missing, or not one for each row."""
+        """(B), on the device of `like` (B, ...), or of an embedding that all rows share, as positions are, (1, ...).
+
+        Raises ValueError where they are missing, or not one for each row.
+        """
         ids = self.call.adapter_ids
         at, n = self.site.name or "the model", self.n
         if ids is None:
             raise ValueError(
                 f"{at}: adapter_ids are missing, a tensor with the number of each row's adapter, -1 for none"
             )
-        if ids.shape != like.shape[:1] or ids.is_floating_point() or ids.dtype == torch.bool:
+        shared = self.site.kind == "embedding" and like.shape[:1] == (1,) and ids.ndim == 1
+        if ids.shape != like.shape[:1] and not shared or ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(
                 f"{at}: adapter_ids of {ids.dtype} and shape {tuple(ids.shape)}; here are {like.shape[0]} rows, and each needs "
                 f"one whole number"

@@ -12,7 +12,7 @@ from ..core.method import fixed
 from ..core.ragged import refill
 from ..core.schedule import Schedule
 from ..core.sharded import assign, whole
-from ..kernels.lora import add_low_rank
+from ..kernels.lora import add_low_rank, low_rank
 from .lora import LowRank
 
 
@@ -82,7 +82,7 @@ class DeltaLoRA(LowRank, name="delta_lora"):
         return y + self.scale * F.linear(F.linear(x, a), b)
 
     def linear(self, x, base):
-        return add_low_rank(base(x), x, *self.factors(), self.scale)
+        return low_rank(base, x, x, *self.factors(), self.scale)
 
 
 class Unload(Schedule):
@@ -173,7 +173,7 @@ class PeriodicLoRA(LowRank, name="periodic_lora"):
         return y + (F.linear(x, self.up) if self.dense else F.linear(F.linear(x, self.down), self.up))
 
     def linear(self, x, base):
-        y = add_low_rank(base(x), F.dropout(x, self.dropout, self.training), self.a, self.b, self.scale)
+        y = low_rank(base, x, F.dropout(x, self.dropout, self.training), self.a, self.b, self.scale)
         if self.dense:
             return y + F.linear(x, self.up)
         return add_low_rank(y, x, self.down, self.up, 1.0) if len(self.down) else y

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..core.base import stored
 from ..core.inits import kaiming, zeros
 from ..core.method import Method, param
-from ..kernels.lora import add_low_rank
+from ..kernels.lora import low_rank
 
 
 def kernel_of(base):
@@ -93,7 +93,7 @@ class LoHa(Method, name="loha"):
         return y + self.scale * F.linear(F.linear(x, a), b)
 
     def linear(self, x, base):
-        return add_low_rank(base(x), x, *self.flat(x.dtype), self.scale)
+        return low_rank(base, x, x, *self.flat(x.dtype), self.scale)
 
 
 class Kronecker(Method):

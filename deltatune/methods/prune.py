@@ -12,7 +12,7 @@ from ..core.method import fixed
 from ..core.schedule import Schedule
 from ..core.sharded import assign, whole
 from ..core.shrink import fits, parts_of
-from ..kernels.lora import add_low_rank
+from ..kernels.lora import low_rank
 from .lora import LowRank
 
 
@@ -172,4 +172,4 @@ class LoRAPrune(LowRank, name="lora_prune"):
 
     def linear(self, x, base):
         x = self.pre(x)
-        return add_low_rank(base(x), F.dropout(x, self.dropout, self.training), self.a, self.b, self.scale)
+        return low_rank(base, x, F.dropout(x, self.dropout, self.training), self.a, self.b, self.scale)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..core.inits import glorot
 from ..core.method import Method, param
-from ..kernels.lora import add_low_rank
+from ..kernels.lora import low_rank
 from .dylora import DyLoRA
 from .lora import LoRA
 
@@ -17,6 +17,7 @@ class QLoRA(LoRA, name="qlora"):
     category = "quantisation"
     where = "linear"
     quantised = "bnb-nf4"
+    paged = True
     lr = (5e-5, 2e-3)
     r: int = 64  # rank
     dropout: float = 0.1  # share of the update's inputs that is dropped while training
@@ -29,6 +30,7 @@ class QDyLoRA(DyLoRA, name="qdylora"):
     category = "quantisation"
     where = "linear"
     quantised = "bnb-nf4"
+    paged = True
     lr = (5e-5, 2e-3)
     r: int = 64  # rank
 
@@ -81,7 +83,7 @@ class QALoRA(Grouped, name="qa_lora"):
         return y + self.scale * F.linear(F.linear(self.means(x), self.a), self.b)
 
     def linear(self, x, base):
-        return add_low_rank(base(x), self.means(x), self.a, self.b, self.scale)
+        return low_rank(base, x, self.means(x), self.a, self.b, self.scale)
 
 
 class PEQA(Grouped, name="peqa"):

@@ -10,7 +10,7 @@ from ..core.inits import normal
 from ..core.method import Method, param
 from ..core.schedule import Schedule, ride
 from ..core.sharded import assign, whole
-from ..kernels.lora import add_low_rank
+from ..kernels.lora import low_rank
 
 
 class Allocator(Schedule):
@@ -194,4 +194,4 @@ class AdaLoRA(Method, name="adalora"):
 
     def linear(self, x, base):
         dropped = F.dropout(x, self.dropout, self.training)
-        return add_low_rank(base(x), dropped, self.a * self.gates[:, None], self.b, self.scale)
+        return low_rank(base, x, dropped, self.a * self.gates[:, None], self.b, self.scale)

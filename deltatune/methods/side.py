@@ -42,6 +42,19 @@ class Side(Method):
     def seals(self):
         return self.is_end and self.site.stack != "encoder"  # whose output stays the backbone's
 
+    @classmethod
+    def numbers(cls, config, sites):
+        """None; raises ValueError where what is read of a stack would be given out nowhere."""
+        ends = {s.stack for s in sites if s.layer == s.n_layers - 1 and s.stack != "encoder"}
+        lost = [s for s in sites if s.stack not in ends and not (s.stack == "encoder" and "decoder" in ends)]
+        if lost:
+            last = "the decoder's last block" if lost[0].stack == "encoder" else "the last block of the stack"
+            raise ValueError(
+                f"{lost[0].name}: what {cls.name} reads here would reach no output, since it does not stand at {last}, which "
+                f"gives it out; see layers and where"
+            )
+        return super().numbers(config, sites)
+
     def key(self, what):
         """Under which name one adapter's leaf leaves something for a later block."""
         return f"deltatune_{id(self.switch)}.{self.path}.{what}"

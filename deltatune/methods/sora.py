@@ -11,7 +11,7 @@ from ..core.inits import kaiming, normal
 from ..core.method import param
 from ..core.schedule import Schedule, ride
 from ..core.sharded import assign, whole
-from ..kernels.lora import add_low_rank
+from ..kernels.lora import low_rank
 from .lora import LowRank
 
 
@@ -104,7 +104,7 @@ class SoRA(LowRank, name="sora"):
         return y + self.scale * F.linear(h, self.b)
 
     def linear(self, x, base):
-        return add_low_rank(base(x), F.dropout(x, self.dropout, self.training), self.rows(), self.b, self.scale)
+        return low_rank(base, x, F.dropout(x, self.dropout, self.training), self.rows(), self.b, self.scale)
 
     def finished(self, leaf):
         kept = self.g != 0

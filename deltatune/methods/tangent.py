@@ -7,7 +7,7 @@ from torch.func import jvp
 
 from ..core.inits import zeros
 from ..core.method import fixed
-from ..kernels.lora import add_low_rank
+from ..kernels.lora import low_rank
 from .lora import LowRank
 
 
@@ -41,4 +41,4 @@ class LLoRA(LowRank, name="l_lora"):
         """B0 A0 + B0 (A - A0) + (B - B0) A0 = B0 A + (B - B0) A0: one update of twice the rank."""
         own, dropped = self.exact, F.dropout(x, self.dropout, self.training)
         b = torch.cat([own.b0, own.b - own.b0], 1).to(x.dtype)
-        return add_low_rank(base(x), dropped, torch.cat([own.a, own.a0]).to(x.dtype), b, self.scale)
+        return low_rank(base, x, dropped, torch.cat([own.a, own.a0]).to(x.dtype), b, self.scale)

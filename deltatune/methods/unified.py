@@ -1,7 +1,6 @@
 """Unified methods: one idea over the tensors of other methods."""
 
 import math
-import zlib
 from dataclasses import replace
 from functools import partial
 from typing import ClassVar, Literal
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import bits, shapes
-from ..core.inits import normal, uniform
+from ..core.inits import normal, seeded, uniform
 from ..core.method import Method, Slot, bank, fixed, param, shared_tensor
 from . import bottleneck, lora
 from .task_gates import TaskGates
@@ -97,9 +96,10 @@ class ProPELT(Method):
         for key, slot in held.items():
             at = self.bank_key(key, slot, shape := shapes.sizes(slot.shape, self.dims(base)))
             if at not in shared._buffers:
-                with torch.random.fork_rng(devices=()):
-                    torch.default_generator.manual_seed(zlib.crc32(at.encode()) ^ shared.seed)
-                    shared.register_buffer(at, slot.init(shape, base=base, delta=self))
+                device = torch.empty(0).device
+                with seeded(at, shared.seed):
+                    drawn = slot.init(shape, base=base, delta=self)
+                shared.register_buffer(at, drawn.to(device))
         super().build(base, dtype)
 
     def rows(self, x):

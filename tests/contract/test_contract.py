@@ -1,6 +1,7 @@
 """The contract suite, generated: every (method, check) pair once, on a kind and a dtype drawn by a seed of the day.
 
-`DELTATUNE_CONTRACT_SEED=n` draws as another day did; the full product of kinds and dtypes is marked `slow`.
+`DELTATUNE_CONTRACT_SEED=n` draws as another day did; the full product of kinds and dtypes is marked `slow`. With
+`DELTATUNE_CONTRACT_SHARE=n` one pair in n runs, another one each day: the oldest supported transformers has that much time.
 """
 
 import dataclasses
@@ -19,6 +20,8 @@ SEED = int(os.environ.get("DELTATUNE_CONTRACT_SEED", datetime.date.today().toord
 OURS: dict[str, type[Method] | Preset] = {n: m for n, m in METHODS.items() if m.__module__.startswith("deltatune.")}
 OURS |= PRESETS
 CASES = [(name, check.name) for name, method in OURS.items() for check in contract.checks_of(method)]
+if (share := int(os.environ.get("DELTATUNE_CONTRACT_SHARE", 1))) > 1:
+    CASES = CASES[SEED % share :: share]
 NEEDED = ["copies", "rows", "save_load", "trains"]  # an exemption from these is no exception but a defect
 
 

@@ -171,6 +171,33 @@ def test_a_side_network_around_what_is_frozen(tmp_path: Any) -> None:
         same(out(model), out(model), "the output")
 
 
+@pytest.mark.parametrize("side", [dt.LST, dt.AttentionFusion])
+def test_a_side_network_without_its_end(side: Any) -> None:
+    """What it read would be given out nowhere, and nothing would train."""
+    words = (
+        r"layers.0: what \w+ reads here would reach no output, since it does not stand at the last block of the stack"
+    )
+    refused(BED.model(), side(layers=0), words)
+    refused(BED.model(), dt.Mixture(side(layers=0), dt.LoRA(r=2), by="constant"), words)
+
+
+def test_a_weight_of_its_own_around_another() -> None:
+    """Of what lies inside a copy of the layer nothing is left; outside of it, beside it at one site or in another slice it runs."""
+    copy, lora = dt.Copy(where="q"), dt.LoRA(r=2, where="q")
+    words = (
+        r"q_proj: lora would have no effect, since copy around it has a weight of its own in the place of the layer's"
+    )
+    refused(BED.model(), dt.Stack(lora, copy), words)
+    refused(BED.model(), dt.Sum(dt.IA3(), dt.Stack(lora, copy)), words)
+    norms = dt.Sum(dt.LTSFT(where="norm"), dt.Copy(where="mlp_norm"))  # two sites of one layer
+    refused(BED.model(), norms, r"layernorm:mlp_norm: lt_sft would have no effect, since copy around it")
+    for tree in (dt.Stack(copy, lora), dt.Sum(lora, copy), dt.Stack(lora, dt.Gate(copy))):
+        model = BED.model()
+        adapter = perturb(dt.attach(model, tree))
+        out(model).square().mean().backward()
+        assert all(p.grad is not None and bool(p.grad.any()) for p in adapter.parameters())
+
+
 def test_a_file_says_where_and_not_in_which_order(tmp_path: Any) -> None:
     """SuperLoRA's matrices lie in one large one in the backbone's order, also where another leaf's sites came first."""
     model = BED.model()
@@ -222,6 +249,28 @@ def test_a_bias_that_merging_adds_is_no_method_s_tensor(n: int) -> None:
     for key, tensor in adapter.state_dict().items():
         same(tensor, state[key], key)
     same(out(model), want, "the output after unmerge")
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("node", [dt.Gate, dt.Mixture, dt.Fuse])
+def test_a_saved_node_brings_its_own_tensors(node: Any, frozen: bool, tmp_path: Any) -> None:
+    """Its weights and whether they train, in the tree that it is made a part of and in that one's file."""
+    model = BED.model()
+    tree = node(dt.LoRA(r=2), dt.LoRA(r=3))
+    perturb(dt.attach(model, tree)).save(tmp_path / "node")
+    other = BED.model()
+    adapter = dt.attach(other, dt.Sum(dt.saved(tmp_path / "node", frozen=frozen), dt.LoRA(r=2)))
+    close(out(other), out(model), 1e-6, "the output")
+    adapter.save(tmp_path / "tree")
+    again = dt.load(BED.model(), tmp_path / "tree", trainable=True)
+    for one in (adapter, again):
+        mixers = [d for (path, _), d in one.deltas.items() if path == "0.2"]
+        assert mixers
+        assert all(bool([*d.parameters()]) is not frozen and d.state_dict() for d in mixers)
+    assert again.tree == adapter.tree
+    adapter.schedule.begin(torch.optim.SGD(adapter.groups(1e-3)), 1)
+    out(other).square().mean().backward()
+    adapter.schedule.before_step(0)  # Fuse's penalty, which frozen tensors have not
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def test_signs_scales_outputs_and_gradients_are_the_references() -> None:
 
 def test_it_stands_at_what_the_reference_compresses() -> None:
     model = llama()
-    adapter = dt.attach(model, "bitdelta_full", tuned=moved(model), rest="norm,embed,lm_head", head=None)
+    adapter = dt.attach(model, "bitdelta_full", tuned=moved(model), head=None)
     stands = {site for (path, site), _ in adapter.deltas.items() if path == "0"}
     blocks = [n for n, m in model.named_modules() if ("mlp" in n or "self_attn" in n) and isinstance(m, nn.Linear)]
     assert stands == {n for n in blocks if "proj" in n}
@@ -100,7 +101,7 @@ def test_a_fine_tuned_model_comes_back_nearly(tmp_path: Path) -> None:
     """Norms, embeddings and head to the bit, matrices by sign; a folder of `full` gives what the model itself gives."""
     model = llama()
     fine, plain = moved(model), llama()
-    keep: Any = {"rest": "norm,embed,lm_head", "head": None}
+    keep: Any = {"head": None}
     adapter = dt.attach(model, "bitdelta_full", tuned=fine, **keep)
     with torch.no_grad():
         want, far, out = (m(**BATCH).logits for m in (fine, plain, model))
@@ -196,7 +197,7 @@ def test_scales_are_distilled() -> None:
     """On the fine-tuned model's logits: the loss falls, and nothing but the scales moves."""
     model = llama()
     fine = moved(model, 0.3)
-    adapter = dt.attach(model, "bitdelta_full", tuned=fine, rest="norm,embed,lm_head", head=None)
+    adapter = dt.attach(model, "bitdelta_full", tuned=fine, head=None)
     before = {k: v.clone() for k, v in adapter.state_dict().items()}
     batches = [
         {"input_ids": torch.randint(1, 40, (8, 12), generator=torch.Generator().manual_seed(i))} for i in range(40)
@@ -261,6 +262,21 @@ def test_a_place_that_is_named_is_all_that_is_taken() -> None:
     adapter = dt.attach(model, "bitdelta", tuned=moved(model), where="q", head=None)
     assert {d.site.role for d in adapter.deltas.values()} == {"attn.q"}
     assert adapter.params() == 2
+    adapter.detach()
+    adapter = dt.attach(model, "bitdelta", tuned=moved(model), layers=1, head=None)
+    assert {d.site.layer for d in adapter.deltas.values()} == {1}
+    assert adapter.params() == 7
+
+
+def test_all_that_a_full_fine_tuning_changed_is_kept() -> None:
+    """By default, with positions and a task head, or an output layer: norms, embeddings and heads to the bit."""
+    for build in (bert, llama):
+        model = build()
+        fine = moved(model)
+        dt.attach(model, "bitdelta_full", tuned=fine).merge()
+        for name, p in fine.named_parameters():
+            if re.search(r"orm|embed|lm_head|classifier|bias$", name):
+                torch.testing.assert_close(model.get_parameter(name), p, rtol=1e-6, atol=1e-7)
 
 
 def test_a_tied_table_is_kept_whole_or_refused(tmp_path: Path) -> None:
@@ -269,11 +285,11 @@ def test_a_tied_table_is_kept_whole_or_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"changed model.embed_tokens.weight, to which lm_head.weight is tied, and no bit"
     ):
-        dt.attach(model, "bitdelta_full", sources=[source], head=None)
-    whole = dt.attach(model, "bitdelta_full", sources=[source], rest="norm,embed,lm_head", head=None)
+        dt.attach(model, "bitdelta_full", sources=[source], rest="norm,embed", head=None)
+    whole = dt.attach(model, "bitdelta_full", sources=[source], head=None)
     whole.detach()
     with pytest.raises(ValueError, match=r"changed lm_head.weight, and no bit stands there"):
-        dt.attach(model, "bitdelta_full", tuned=moved(model), head=None)
+        dt.attach(model, "bitdelta_full", tuned=moved(model), rest="norm,embed", head=None)
 
 
 def test_a_base_without_values_is_refused(tmp_path: Path) -> None:

@@ -354,3 +354,55 @@ def test_places_of_their_own_and_hooks() -> None:
     with torch.no_grad():
         model(**IDS)
     assert seen
+
+
+@pytest.mark.parametrize("method", ["loftq", "lq_lora"])
+def test_combined(method: str, tmp_path: Path) -> None:
+    """Those of one base are combined as LoRA is, into one of the same kind, which knows its base; others are refused."""
+    hyper: dict[str, Any] = {"where": "q,down"} | (
+        {"to": "nf4"} if method == "loftq" else {"bits": 4.0, "formats": ("nf3", "nf4")}
+    )
+    model = llama()
+    adapter = dt.attach(model, method, r=4, steps=3, head=None, **hyper)
+    adapter.save(tmp_path / "a")
+    trained(model, adapter)
+    adapter.save(tmp_path / "b")
+    with torch.no_grad():
+        moved = {d.site.module: 0.3 * d.scale * d.b @ d.a for d in adapter.deltas.values()}
+    adapter.restore(tmp_path / "a")
+    with torch.no_grad():
+        want = {d.site.module: moved[d.site.module] + 0.7 * d.scale * d.b @ d.a for d in adapter.deltas.values()}
+    adapter.detach()
+    dt.save_base(model, tmp_path / "base")
+    both = [tmp_path / "a", tmp_path / "b"]
+    for way in ("cat", "svd", "linear", "average", "ties"):
+        exact = way in ("cat", "svd")
+        new = dt.combine(
+            model, both, [0.7, 0.3], way, **{"rank": 8} if way == "svd" else {"density": 0.5} if way == "ties" else {}
+        )
+        for d in new.deltas.values():
+            assert d.name == method and torch.equal(d.mark, marks(read(model.get_submodule(d.site.module))))
+            if exact:
+                with torch.no_grad():
+                    torch.testing.assert_close(d.scale * d.b @ d.a, want[d.site.module], rtol=0, atol=1e-5)
+        with torch.no_grad():
+            logits = model(**IDS).logits
+        new.save(tmp_path / way)
+        new.detach()
+        again = dt.load_base(tmp_path / "base")
+        dt.load(again, tmp_path / way)
+        with torch.no_grad():
+            assert torch.equal(again(**IDS).logits, logits)
+        with pytest.raises(ValueError, match="its layer here is a plain one"):
+            dt.load(llama(), tmp_path / way)
+    with pytest.raises(ValueError, match=rf"{method} belongs to the codes that it chose, which values would not know"):
+        dt.combine(model, both, method="values")
+    other = llama()
+    with torch.no_grad():
+        other.model.layers[0].self_attn.q_proj.weight.mul_(1.1)
+    dt.attach(other, method, r=4, steps=3, head=None, **hyper).save(tmp_path / "other")
+    before = State(model)
+    for way in ("cat", "svd", "linear", "average"):
+        with pytest.raises(ValueError, match=rf"other: .*q_proj: {method}: its layer here keeps other codes"):
+            dt.combine(model, [tmp_path / "a", tmp_path / "other"], method=way, **{"rank": 4} if way == "svd" else {})
+        before.restored(model)

@@ -28,6 +28,8 @@ BEHIND: dict[str, tuple[Tree, ...]] = {
     "kinds": (LORA, IA3, dt.pfeiffer(r=4)),
     "met": (dt.Stack(dt.pfeiffer(r=2), dt.pfeiffer(r=4)), dt.Average(dt.pfeiffer(r=4), dt.pfeiffer(r=3))),
     "places": (dt.LoRA(r=4, where="q"), dt.LoRA(r=4, where="q"), dt.LoRA(r=4, where="v")),
+    "positions": (dt.LoRA(r=2, where=["position_embeddings"]),) * 2,
+    "input": (dt.Hadamard(where="q"), dt.Fuse(LORA)),
     "nested": (dt.Sum(LORA, dt.LoRA(r=2)), dt.Gate(LORA, by="sequence"), dt.BitFit()),
 }
 
@@ -63,6 +65,7 @@ AT = {
     "met": "bert llama",
     "ia3": "bert t5",
     "kinds": "bert",
+    "positions": "bert",
     "prompt": "t5",
     "prefix": "llama t5",
 }
