@@ -19,13 +19,14 @@ from rich.table import Table
 from rich.text import Text
 
 from . import methods as _methods  # noqa: F401  fills the registry
-from .core.compose import PRESETS, Tree, layers_of, placed, storage_of, tree_from_dict, where_of
+from .core.compose import PRESETS, Tree, layers_of, looking, placed, storage_of, tree_from_dict, where_of
 from .core.errors import unknown
 from .core.method import METHODS, Method, named
 from .core.sources import saved
 from .version import VERSION
 
 CONSOLE = Console()
+BASE = "base"  # in a run's folder, the base that the method has quantised for itself
 PLACE = ("name", "where", "layers")  # of a method on the command line, beside its hyperparameters
 
 
@@ -316,13 +317,16 @@ def train(args: list[str]) -> int:
     from .assess.matrix import claim
     from .assess.run import learning_rates, range_of
     from .core.attach import attach
-    from .quant import n_weights, quantise
-    from .train.backbone import load_classifier
-    from .train.data import Collate, encode, predict
-    from .train.fit import Plan, fit
+    from .quant import n_weights, quantise, save_base
+    from .quant.base import chosen_for
+    from .train.backbone import load_classifier, load_shapes
+    from .train.data import Collate, encode, predict, some
+    from .train.fit import Plan, fit, optimizer_of
 
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     config.quantise = config.quantise or storage_of(tree) or None
+    if config.quantise is not None:
+        chosen_for(load_shapes(config.model), config.quantise)
     plain = _plain(config, ("config", "resume", "device"))
     claim(config.out, {"verb": "train", **plain})
     for note in (str(task), *task.notes):
@@ -332,20 +336,21 @@ def train(args: list[str]) -> int:
     model.to(device)
     if config.quantise is not None:
         quantise(model, config.quantise)
-    adapter = attach(model, tree)
+    collate = Collate(tokenizer, task.kind == "regression")
+    rows = {
+        name: encode(split.texts, split.targets, tokenizer, config.max_length) for name, split in task.splits.items()
+    }
+    looked = looking(tree, lambda n: some(rows["train"], collate, n, config.batch, config.seed, device))
+    adapter = attach(model, looked)
     preset = PRESETS.get(getattr(config.method, "name", ""))
     rates = preset.lr if preset is not None else range_of(tree)
     lr = config.lr if config.lr is not None else learning_rates(*rates, 1)[0]
     n_all = n_weights(model)
     CONSOLE.print(
         f"{adapter.params():,} parameters trained and {adapter.n_head:,} in the head, of {n_all:,}"
-        f"{f', base in {config.quantise}' if config.quantise else ''}; learning rate {lr:g}; {device}",
+        f"{f', base in {config.quantise}' if config.quantise else ''}; learning rate {lr:g}; {device}, {optimizer_of(model)[1]}",
         highlight=False,
     )
-    collate = Collate(tokenizer, task.kind == "regression")
-    rows = {
-        name: encode(split.texts, split.targets, tokenizer, config.max_length) for name, split in task.splits.items()
-    }
     plan = Plan(
         config.steps, config.batch, lr, config.head_lr, config.weight_decay, config.warmup, seed=config.seed, bf16=config.bf16,
         checkpointing=config.checkpointing, save_steps=config.save_steps,
@@ -386,6 +391,10 @@ def train(args: list[str]) -> int:
         "train_s": fitted.train_s, "step_ms": fitted.step_ms, "tokens_per_s": fitted.tokens_per_s, "curve": fitted.curve,
     }  # fmt: skip
     write_atomic(os.path.join(config.out, "result.json"), json.dumps(result, indent=1) + "\n")
+    rebased = any(leaf.method.rebases for _, leaf in tree.leaves())
+    if rebased:
+        adapter.detach()
+        save_base(model, os.path.join(config.out, BASE))
     table = Table()
     for column in ("split", *scores["test"]):
         table.add_column(column, justify="left" if column == "split" else "right")
@@ -393,7 +402,8 @@ def train(args: list[str]) -> int:
         table.add_row(split, *(f"{v:.3f}" for v in found.values()))
     CONSOLE.print(table)
     CONSOLE.print(
-        f"{config.out}/adapter holds the adapter; trained in {fitted.train_s:.0f} s, {fitted.tokens_per_s:,.0f} tokens/s",
+        f"{config.out}/adapter holds the adapter{f', {config.out}/{BASE} its base' if rebased else ''}; "
+        f"trained in {fitted.train_s:.0f} s, {fitted.tokens_per_s:,.0f} tokens/s",
         highlight=False,
     )
     return 0
@@ -506,10 +516,21 @@ def _adapter_in(given: str) -> tuple[Path, str | None, tuple[str, ...] | None]:
     return folder / "adapter", run.get("model"), tuple(labels)
 
 
+def _base(name: str, labels: tuple[str, ...] | None, run: str | None) -> tuple[Any, Any]:
+    """The base `name`, in the format of a run's; or that which its method has quantised. And the tokenizer, where there is one."""
+    from .quant import load_base, quantise
+    from .train.backbone import load_any
+
+    model, tokenizer = load_any(name, labels)
+    if run is not None and (Path(run) / BASE).is_dir():
+        return load_base(Path(run) / BASE), tokenizer
+    if run is not None and (kept := _format_in(run)) is not None:
+        quantise(model, kept)
+    return model, tokenizer
+
+
 def _merged(verb: str, function: Callable[..., Any], args: list[str], formats: tuple[str, ...]) -> int:
     from .core.attach import load
-    from .quant import quantise
-    from .train.backbone import load_any
 
     parser = _parser(verb, function)
     parser.add_argument("adapter", type=str, help="an adapter's folder, or a run's")
@@ -525,10 +546,7 @@ def _merged(verb: str, function: Callable[..., Any], args: list[str], formats: t
     model_name = config.model or own_model
     if model_name is None:
         raise ValueError(f"{config.adapter} does not say where its base lies; give --model")
-    model: Any
-    model, tokenizer = load_any(model_name, labels)
-    if (kept := _format_in(config.adapter)) is not None:
-        quantise(model, kept)
+    model, tokenizer = _base(model_name, labels, config.adapter)
     adapter = load(model, folder)
     n = adapter.params() + adapter.n_head
     if formats and config.format == "peft":
@@ -557,7 +575,6 @@ def export(args: list[str]) -> int:
 def combine_(args: list[str]) -> int:
     """Make one adapter of several trained ones: averages, TIES, DARE, negation (`--weights=-1`), a low rank."""
     from .merging import WAYS, combine
-    from .train.backbone import load_any
 
     parser = _parser("combine", combine_)
     parser.add_argument("adapters", type=str, nargs="+", help="folders of adapters of one base, or of runs")
@@ -587,9 +604,8 @@ def combine_(args: list[str]) -> int:
     model_name = config.model or next(filter(None, models), None)
     if model_name is None:
         raise ValueError(f"{config.adapters[0]} does not say where its base lies; give --model")
-    model: Any
     own = labels[config.head] if config.head in range(len(labels)) else None
-    model, _ = load_any(model_name, own or next(filter(None, labels), None))
+    model, _ = _base(model_name, own or next(filter(None, labels), None), config.adapters[0])
     adapter = combine(
         model, folders, weights, config.method, density=config.density, sign=config.sign, rank=config.rank,
         keep=config.keep, head=config.head, seed=config.seed,

@@ -299,13 +299,21 @@ def install_trainer() -> None:
 
 
 def _with_adapters(validate: Callable[[Any], None]) -> Callable[[Any], None]:
-    """The Trainer's guard against models that are nothing but quantised, which knows of HF PEFT's adapters alone."""
+    """The Trainer's guard against models that are nothing but quantised, which knows of HF PEFT's adapters alone.
+
+    On a base that transformers quantised TRL's trainers cast all that trains to bf16 before; deltas are fp32 again behind it.
+    """
 
     @functools.wraps(validate)
     def validated(model: Any) -> None:
         quantizer = getattr(model, "hf_quantizer", None)
         if not adapters(model) or quantizer is not None and not quantizer.is_trainable:
             validate(model)
+        for adapter in adapters(model).values() if quantizer is not None else ():
+            of_base = {id(p) for p in adapter.owned().values()}
+            for p in adapter.parameters():
+                if id(p) not in of_base and p.dtype == torch.bfloat16:
+                    p.data = p.data.float()
 
     return validated
 

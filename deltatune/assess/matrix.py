@@ -13,10 +13,11 @@ from typing import Any
 import yaml
 from torch import nn
 
-from ..core.attach import attach
-from ..core.compose import PRESETS, Tree
+from ..core.attach import shaped
+from ..core.compose import PRESETS, Tree, storage_of
 from ..core.errors import unknown
 from ..core.method import METHODS, named
+from ..quant.base import chosen_for
 from ..tasks import Task
 from .cells import Budget, Cell, path_of, write_atomic
 from .run import Bench, Candidate
@@ -62,7 +63,10 @@ def all_methods(shapes: nn.Module, hyper: Hyper | None = None) -> tuple[list[str
             own = hyper.get(name, {})
             _check_sources(name, own)
             if named(name).category != "baseline" and not own.get("sources"):  # they were saved from a classifier
-                attach(shapes, name, head=None, **own).detach()
+                tree: Tree = named(name)(**own)  # type: ignore[assignment]
+                if storage := storage_of(tree):
+                    chosen_for(shapes, storage)
+                shaped(shapes, tree).detach()
             fit.append(name)
         except ValueError as error:
             not_here.append(f"{name} is left out: {error}")

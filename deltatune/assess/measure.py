@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
+from ..core.storage import unregistered
 from ..version import VERSION
 from .cells import Machine, Memory
 
@@ -60,7 +61,10 @@ def memory(model: nn.Module, adapter: Adapter, activations: int, optimizer: int)
     extra += [] if adapter.bank is None else list(adapter.bank.buffers())
     mine |= {id(b) for b in extra}
     method = sum(p.nbytes for p in trained if id(p) in mine) + sum(b.nbytes for b in extra)
-    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if id(t) not in mine)
+    kept = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in mine]
+    there = {t.data_ptr() for t in kept}
+    more = {t.data_ptr(): t.nbytes for m in model.modules() for t in unregistered(m) if t.data_ptr() not in there}
+    weights = sum(t.nbytes for t in kept) + sum(more.values())
     gradients = sum(p.nbytes for p in trained)
     total = weights + activations + gradients + optimizer + method
     cuda = next(model.parameters()).device.type == "cuda"

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from ..core.attach import attach
-from ..core.compose import PRESETS, Leaf, Per, Tree, storage_of
+from ..core.compose import PRESETS, Leaf, Per, Tree, looking, storage_of
 from ..quant import is_quantised, n_weights, quantise
 from ..tasks import Task
 from ..tasks.metrics import LOWER_IS_BETTER
 from ..train.backbone import load_classifier
-from ..train.data import Collate, Rows, encode, predict
+from ..train.data import Collate, Rows, encode, predict, some
 from ..train.fit import Fitted, Plan, fit
 from .cells import Budget, Cell, Data, Key, Metric, Time, Trial, path_of, write_atomic
 from .measure import machine, memory, saved_bytes, versions
@@ -38,8 +38,8 @@ class Candidate:
     @property
     def label(self) -> str:
         """The method with its sizes and its place; a tree with a name says the name first."""
-        inside = _label(self.tree)
-        return f"{self.name}: {inside}" if self.name in PRESETS else inside
+        inside, storage = _label(self.tree), storage_of(self.tree)
+        return f"{f'{self.name}: ' if self.name in PRESETS else ''}{inside}{f', base in {storage}' if storage else ''}"
 
 
 def _label(tree: Tree) -> str:
@@ -105,6 +105,7 @@ class Bench:
     ) -> Cell:
         """Measure one cell and write it; what fails is written as failed, and the others go on."""
         key = Key(self.backbone, candidate.name, self.task.name, seed)
+        storage = storage_of(candidate.tree)
         cell = Cell(
             status="failed",
             error="not finished",
@@ -113,7 +114,8 @@ class Bench:
             category=candidate.category,
             paper=candidate.paper,
             budget=self.budget,
-            config={**config, "method": candidate.tree.to_dict(), "max_length": self.max_length, "head_lr": self.head_lr},
+            config={**config, "method": candidate.tree.to_dict(), "max_length": self.max_length, "head_lr": self.head_lr}
+            | ({"base": storage} if storage else {}),
             versions=versions(),
             machine=machine(),
             data=Data(**{name: split.hash for name, split in self.task.splits.items()}),
@@ -135,7 +137,9 @@ class Bench:
             self.model = None  # the method before this one has quantised it for itself
         model = self.prepare(seed, storage_of(candidate.tree))
         torch.manual_seed(seed)
-        adapter = attach(model, candidate.tree)
+        size = self.budget.batch
+        looked = looking(candidate.tree, lambda n: some(self.rows["train"], self.collate, n, size, seed, self.device))
+        adapter = attach(model, looked)
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         try:

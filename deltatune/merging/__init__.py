@@ -22,6 +22,7 @@ The form says what the tensors are and what comes of them:
     negate_b            the same of LoRA, with |w_i| for A (2306.14870)
 
 Those on factors and `svd` are HF PEFT's `add_weighted_adapter`; `average`, `negate_b` and `svd` are AdapterHub's `average_adapter`.
+What a method made beside codes that it chose itself stays one of its kind, whose file knows those codes; values cannot be.
 A weight of -1 forgets a task; [1, 1, -1] of c, b and a is the analogy "c as b is to a". Both are exact by cat, svd of a rank that is
 large enough, and values; linear adds the factors apart, so that each A also meets the other B's.
 """
@@ -35,7 +36,7 @@ import torch
 from torch import nn
 
 from ..core.adapter import Adapter, adapters, fill
-from ..core.attach import attach, or_off
+from ..core.attach import or_off, shaped
 from .rules import WAYS as WAYS
 from .rules import Sign, check_way, check_weights, rule_of
 from .sources import check_untouched, read_all
@@ -113,7 +114,7 @@ def combine(
             else:
                 found = factors(model, saved, weights, one_of, method, stack)
             own_head = {} if head is None or in_place else saved[head].head(model)
-        adapter = attach(model, found.tree, name=name, head=None if head is None else "auto", seed=seed)
+        adapter = shaped(model, found.tree, name, seed, head is not None)
         with or_off(adapter):
             fill(adapter, f"what {method} makes of the sources", {**found.tensors, **own_head})
             adapter.trainable(trainable)

@@ -1,7 +1,8 @@
 """What is to stand at each site, as a tree of methods and the tensors of a file."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from ..core.compose import Leaf, Per, Stack, Tree
 from ..core.method import Method
 from ..core.site import Site, all_sites, select
+from ..methods.lora import LoRA
 
 
 class Put(NamedTuple):
@@ -17,6 +19,16 @@ class Put(NamedTuple):
     method: type[Method]
     hyper: tuple[tuple[str, Any], ...]
     tensors: dict[str, Tensor]
+
+
+def beside_codes(low: Put, deltas: Iterable[Any]) -> Put:
+    """A LoRA as the method of `deltas` that chose the codes of the layer that it stands at, with what its file knows of them."""
+    of = next((d for d in deltas if d.rebases), None)
+    if of is None:
+        return low
+    own = {k: v for k, v in asdict(of.config).items() if k not in {f.name for f in fields(LoRA.Config)}}
+    kept = {key: getattr(of, key) for key, slot in of.slots_of(of.config).items() if not slot.train}
+    return Put(type(of), (*low.hyper, *own.items()), low.tensors | kept)
 
 
 class Result(NamedTuple):

@@ -46,7 +46,7 @@ class Source(Saved):
         adapter.disable()
         for module in (*adapter.deltas.values(), adapter.bank):
             if module is not None:
-                module.double().eval()
+                nn.Module.double(module).eval()  # a hyperparameter may have the name
         return adapter
 
     def head(self, model: nn.Module) -> dict[str, Tensor]:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ..core import files
 from ..core.compose import Average, Node, Stack, Sum, Tree
+from ..core.identity import check_layers
 from ..core.record import HEAD
 from ..core.site import all_sites, expanded
 from ..methods.lora import LoRA
-from .result import Put, Result, assembled
+from .result import Put, Result, assembled, beside_codes
 from .rules import Rule
 from .sources import Source, apart, heads_of, pair_of, shift
 
@@ -34,6 +35,9 @@ def averaged(
                 f"the sites share tensors that are drawn from the seed: {first.card['seed']} in {first.label}, "
                 f"{one.card['seed']} in {one.label}"
             )
+    deltas = {f"{path}.{site}": delta for (path, site), delta in adapter.deltas.items()}
+    for one in sources[1:]:
+        check_layers(model, one.label, deltas, one.tensors)
     for (_, site), delta in adapter.deltas.items():
         if form == "negate_b" and pair_of(model, delta) is None:
             raise ValueError(f"{site}: {delta.name} is not W + s B A, whose B negate_b negates; take svd or values")
@@ -155,4 +159,5 @@ def _factor(model: nn.Module, here: Sequence[tuple[float, Any]], rule: Rule, met
     biases = [(w, d.d) for w, d in here if getattr(d, "bias", False)]
     if biases:
         tensors["d"] = rule([d for _, d in biases], [w for w, _ in biases])
-    return Put(LoRA, (("r", a.shape[-2]), ("alpha", float(a.shape[-2])), ("bias", bool(biases))), tensors)
+    low = Put(LoRA, (("r", a.shape[-2]), ("alpha", float(a.shape[-2])), ("bias", bool(biases))), tensors)
+    return beside_codes(low, [d for _, d in here])

@@ -14,7 +14,7 @@ from ..core.record import HEAD, standing
 from ..core.site import Site, all_sites
 from ..methods.lora import LoRA, LowRank
 from ..methods.values import Values
-from .result import Put, Result, assembled
+from .result import Put, Result, assembled, beside_codes
 from .rules import Rule, trimmed
 from .sources import Source, change_of, heads_of, pair_of, shift
 
@@ -47,6 +47,7 @@ def changes(
             change_of(module, own) if own else _shifted(model, one, whole)
             for one, own in zip(sources, here, strict=True)
         ]
+        stood: list[Any] = [part for own in here for d in own for part in parts_of(d)]
         for site in _sites(whole, here, each):
             parts = [tuple(_rows(t, site) for t in change) for change in each]
             weight, bias = (_met([part[i] for part in parts], weights, rule) for i in (0, 1))
@@ -55,7 +56,12 @@ def changes(
             if low and site.kind != "norm":
                 assert rank is not None
                 pairs = _pairs(model, site, here, weights) if from_factors else None
-                made[site.name], left_out[site.name] = _low_rank(site, pairs or weight, bias, rank)
+                put, left_out[site.name] = _low_rank(site, pairs or weight, bias, rank)
+                made[site.name] = beside_codes(put, stood)
+            elif on_codes := next((d for d in stood if d.rebases), None):
+                raise ValueError(
+                    f"{site.name}: {on_codes.name} belongs to the codes that it chose, which values would not know; take an svd form"
+                )
             else:
                 made[site.name], left_out[site.name] = _values(site, module, weight, bias, keep)
     if not made:

@@ -1,5 +1,7 @@
 """A base whose linear layers are quantised: in place, or layer by layer while it loads; saved once, loaded as it was."""
 
+import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -38,13 +40,12 @@ def quantise(
     Heads stay plain. Raises ValueError, and changes nothing, on an unknown format or option, a layer that it does not fit, is
     quantised already, tied, or trained, and on a model with an adapter: quantise first, then attach.
     """
-    kind, options = options_of(to, options)
     if "_deltatune" in model.__dict__:
         raise ValueError("an adapter stands on this model; quantise first, then attach")
-    chosen = _linears(model, where, layers, to)
+    kind, options, chosen = chosen_for(model, to, where, layers, options)
     check_plain(model, chosen)
     for site in chosen:
-        check_fits(kind, site, options)
+        check_finite(site.module, model.get_submodule(site.module).weight)
     for n, site in enumerate(chosen, 1):
         _put(model, site.module, kind.make(model.get_submodule(site.module), **options))
         if progress is not None:
@@ -115,32 +116,40 @@ def load_base(
         return _load_saved(folder, cls, torch.device(device), progress)
     if to is None:
         raise ValueError(f"{folder} is a plain model; say a format, such as load_base(folder, 'bnb-nf4')")
-    kind, options = options_of(to, options)
-    model = _empty(folder, cls, dtype)
-    chosen = {site.module: site for site in _linears(model, where, layers, to)}
-    for site in chosen.values():
-        check_fits(kind, site, options)
+    options_of(to, options)
+    model: Any = _empty(folder, cls, dtype)
+    if (theirs := getattr(model.config, "quantization_config", None)) is not None:
+        by = theirs.get("quant_method") if isinstance(theirs, dict) else type(theirs).__name__
+        raise ValueError(f"{folder} is quantised already, by {by}; transformers' from_pretrained loads it")
+    kind, options, found = chosen_for(model, to, where, layers, options)
+    chosen = {name for site in found for name in _names_of(model, site.module)}
     own, prefix, n = _names(model), _prefix(model), 0
+    done: set[str] = set()
     for path, key, tensor in _tensors(folder, torch.device(device)):
         name = _name_of(own, prefix, key, path)
         if name is None:
             continue
         at, _, last = name.rpartition(".")
+        if at in done and last == "weight":  # of a module with two names, under the other one
+            continue
         tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
         if own[name].shape != tensor.shape:
             raise ValueError(f"{path}: {key} is {tuple(tensor.shape)}, which {folder / 'config.json'} does not say")
         if at in chosen and last == "weight":
+            check_finite(f"{path}: {key}", tensor)
             plain = nn.Linear(tensor.shape[1], tensor.shape[0], bias=False, device="meta")
             plain._parameters["weight"] = nn.Parameter(tensor, requires_grad=False)
             bias = model.get_submodule(at)._parameters.get("bias")
             made = kind.make(plain, **options)
             made._parameters["bias"] = bias
-            _put(model, at, made)
+            done.update(_put(model, at, made))
+            del plain, made, tensor
+            _release()
             n += 1
             if progress is not None:
-                progress(n, len(chosen))
-        else:
-            _set(model, name, tensor)
+                progress(n, len(found))
+        else:  # a copy, which no change of the file reaches
+            _set(model, name, tensor.clone() if tensor.device.type == "cpu" else tensor)
     return _whole(model, folder, torch.device(device))
 
 
@@ -152,10 +161,12 @@ def save_base(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     kept = {name: said(module) for name, module in model.named_modules() if format_of(module) is not None}
     if not kept:
         raise ValueError("this model has no quantised layer: save_pretrained keeps it")
+    own = dict(model.named_modules())
+    again = tuple(f"{n}." for n, _ in model.named_modules(remove_duplicate=False) if n not in own)
     tensors, shared = dict[str, Tensor](), dict[int, str]()
     for key, t in model.state_dict(keep_vars=True).items():
-        if not isinstance(t, Tensor) or key.endswith(".weight_format") or id(t) in shared:
-            continue  # a tied tensor once
+        if not isinstance(t, Tensor) or key.endswith(".weight_format") or id(t) in shared or key.startswith(again):
+            continue  # a tied tensor, and a module with two names, once
         shared[id(t)] = key
         tensors[key] = t.detach().cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
@@ -196,6 +207,23 @@ def check_plain(model: nn.Module, chosen: Iterable[Site]) -> None:
             raise ValueError(f"{site.name}: its weight is on the meta device; load_base quantises while it loads")
 
 
+def chosen_for(
+    model: nn.Module, to: str, where: str = "linear", layers: Any = None, options: Mapping[str, Any] | None = None
+) -> tuple[Kind, dict[str, Any], list[Site]]:
+    """The format `to`, all of its options, and the layers that it takes: shapes alone are asked. Raises ValueError where it cannot."""
+    kind, every = options_of(to, options or {})
+    chosen = _linears(model, where, layers, to)
+    for site in chosen:
+        check_fits(kind, site, every)
+    return kind, every, chosen
+
+
+def check_finite(name: str, weight: Any) -> None:
+    """Raise ValueError where a weight holds what is no number: one would spoil all that share its scale."""
+    if not all(bool(end.isfinite()) for end in weight.aminmax()):  # without a tensor of the weight's size
+        raise ValueError(f"{name}: its weight is not finite")
+
+
 def _linears(model: nn.Module, where: str, layers: Any, to: str) -> list[Site]:
     chosen = [site for site in sites(model, where, layers) if site.role not in ("head", "lm_head")]
     others = [site for site in chosen if site.kind != "linear" or site.rows]
@@ -220,20 +248,30 @@ def check_fits(kind: Kind, site: Site, options: Mapping[str, Any]) -> None:
         raise ValueError(f"{site.name}: block is {block}; bitsandbytes has powers of 2 from 32 to 4096")
 
 
-def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
-    at, _, last = name.rpartition(".")
-    old = model.get_submodule(name)
-    layer.train(old.training)
-    model.get_submodule(at)._modules[last] = layer
+def _put(model: nn.Module, name: str, layer: nn.Module) -> list[str]:
+    """Let `layer` be in the place of the module `name`, under each name that this one has; those names."""
+    layer.train(model.get_submodule(name).training)
+    names = _names_of(model, name)
+    for n in names:
+        at, _, last = n.rpartition(".")
+        model.get_submodule(at)._modules[last] = layer
+    return names
+
+
+def _names_of(model: nn.Module, name: str) -> list[str]:
+    """All names of a module, which may have several parents."""
+    module = model.get_submodule(name)
+    return [n for n, other in model.named_modules(remove_duplicate=False) if other is module]
 
 
 def _shards(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return [
-            folder / name
-            for name in dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        ]
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{index} is damaged: {error}") from None
+        return [folder / name for name in dict.fromkeys(names)]
     found = sorted(folder.glob("model*.safetensors"))
     if not found:
         raise ValueError(f"{folder} has no model.safetensors; other formats are not read")
@@ -251,8 +289,16 @@ def _tensors(folder: Path, device: torch.device) -> Iterator[tuple[Path, str, Te
     """One at a time."""
     for path in _shards(folder):
         with _opened(path, device) as file:
-            for key in file.keys():  # noqa: SIM118  it is no mapping
+            keys = list(file.keys())
+        for key in keys:
+            with _opened(path, device) as file:  # one that is opened for all keeps what was read of it in memory
                 yield path, key, file.get_tensor(key)
+
+
+def _release() -> None:
+    """Give what freed tensors leave back to the system: glibc keeps it, and may not find room in it for the next layer's."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # of another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _empty(folder: Path, cls: type | None, dtype: torch.dtype) -> nn.Module:
@@ -260,7 +306,10 @@ def _empty(folder: Path, cls: type | None, dtype: torch.dtype) -> nn.Module:
     import transformers
     from accelerate import init_empty_weights
 
-    config = transformers.AutoConfig.from_pretrained(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged: {str(error).splitlines()[0]}") from None
     name = (config.architectures or [""])[0]
     found: Any = cls or getattr(transformers, name, None)
     if found is None:
@@ -334,7 +383,8 @@ def _load_saved(folder: Path, cls: type | None, device: torch.device, progress: 
 
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        n_format, name, layers = card["format"], card["class"], card["layers"]
+        n_format, name = card["format"], card["class"]
+        layers = {at: {"to": of["to"], **of} for at, of in card["layers"].items()}
         dtype, digest = getattr(torch, card["dtype"]), card["sha256"]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{folder / CARD} is damaged: {error}") from None
@@ -351,14 +401,13 @@ def _load_saved(folder: Path, cls: type | None, device: torch.device, progress: 
         for n, (at, said) in enumerate(layers.items(), 1):
             own = [key for key in rest if key.startswith(f"{at}.")]
             tensors = {key[len(at) + 1 :]: file.get_tensor(key) for key in own}
-            options = dict(said)
-            kind, options = options_of(options.pop("to"), options)
-            plain: Any = model.get_submodule(at)
-            if kind.read is None:
-                raise ValueError(f"{folder / CARD}: {at} is {said['to']}, which has no file")
             try:
+                kind, options = options_of(said["to"], {key: value for key, value in said.items() if key != "to"})
+                if kind.read is None:
+                    raise ValueError("this format has no file")
+                plain: Any = model.get_submodule(at)
                 layer = kind.read(plain.in_features, plain.out_features, tensors, device, **options)
-            except (RuntimeError, KeyError, ValueError) as error:
+            except (RuntimeError, KeyError, ValueError, AttributeError) as error:
                 raise ValueError(f"{path}: {at} is no {' '.join(map(str, said.values()))}: {error}") from None
             _put(model, at, layer)
             done = {*own}

@@ -48,6 +48,13 @@ class Collate:
         return dict(batch)
 
 
+def some(rows: Rows, collate: Collate, n: int, batch: int, seed: int, device: Any) -> list[dict[str, Tensor]]:
+    """Batches of at most `n` of the rows, which the seed draws."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n].tolist()
+    parts = (order[at : at + batch] for at in range(0, len(order), batch))
+    return [{k: v.to(device) for k, v in collate([rows[i] for i in part]).items()} for part in parts]
+
+
 @torch.inference_mode()
 def predict(model: nn.Module, rows: Rows, collate: Collate, batch: int) -> Tensor:
     """(n, C) outputs in the rows' order, fp32 on the CPU; computed in order of length, so that little is padding."""

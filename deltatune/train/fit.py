@@ -1,5 +1,6 @@
 """One training run on encoded rows: the same optimiser, warm-up and decay for every method."""
 
+import importlib.util
 import statistics
 import tempfile
 import time
@@ -12,7 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from .data import Collate, Rows
-from .trainer import AdapterTrainer
+from .trainer import AdapterTrainer, trained
 
 _NEW = "activation_checkpointing"  # its name since transformers 5.2x
 _CHECKPOINTING = _NEW if _NEW in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
@@ -86,6 +87,47 @@ class _Watch(TrainerCallback):
         )
 
 
+def optimizer_of(model: nn.Module) -> tuple[str | None, str]:
+    """transformers' name of the AdamW that all trained methods ask for, None for its default; and in words what it is."""
+    if not all(leaf.method.paged for adapter in trained(model) for _, leaf in adapter.tree.leaves()):
+        return None, "AdamW"
+    if next(model.parameters()).device.type != "cuda":
+        return None, "plain AdamW, its pages are CUDA's alone"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return None, "plain AdamW, its pages need bitsandbytes"
+    return "paged_adamw_32bit", "paged AdamW"
+
+
+def options_of(model: nn.Module, plan: Plan, folder: str) -> TrainingArguments:
+    """The plan in the Trainer's words; checkpoints go into `folder`."""
+    more: dict[str, Any] = {_CHECKPOINTING: True} if plan.checkpointing else {}
+    optimizer, _ = optimizer_of(model)
+    more |= {} if optimizer is None else {"optim": optimizer}
+    return TrainingArguments(
+        **more,
+        output_dir=folder,
+        max_steps=plan.n_steps,
+        per_device_train_batch_size=plan.batch,
+        learning_rate=plan.lr,
+        weight_decay=plan.weight_decay,
+        warmup_steps=round(plan.warmup * plan.n_steps),
+        max_grad_norm=plan.clip,
+        seed=plan.seed,
+        bf16=plan.bf16,
+        train_sampling_strategy="group_by_length" if plan.by_length else "random",
+        logging_strategy="steps",
+        logging_steps=max(1, plan.n_steps // 25),
+        save_strategy="steps" if plan.save_steps else "no",
+        save_steps=plan.save_steps or 500,
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=next(model.parameters()).device.type == "cpu",
+    )
+
+
 def fit(
     model: nn.Module,
     rows: Rows,
@@ -98,30 +140,7 @@ def fit(
 ) -> Fitted:
     """Train what is attached to `model` for `plan.n_steps` steps. Raises ValueError where nothing is trainable."""
     with tempfile.TemporaryDirectory() as scratch:
-        more: dict[str, Any] = {_CHECKPOINTING: True} if plan.checkpointing else {}
-        options = TrainingArguments(
-            **more,
-            output_dir=out or scratch,
-            max_steps=plan.n_steps,
-            per_device_train_batch_size=plan.batch,
-            learning_rate=plan.lr,
-            weight_decay=plan.weight_decay,
-            warmup_steps=round(plan.warmup * plan.n_steps),
-            max_grad_norm=plan.clip,
-            seed=plan.seed,
-            bf16=plan.bf16,
-            train_sampling_strategy="group_by_length" if plan.by_length else "random",
-            logging_strategy="steps",
-            logging_steps=max(1, plan.n_steps // 25),
-            save_strategy="steps" if plan.save_steps else "no",
-            save_steps=plan.save_steps or 500,
-            remove_unused_columns=False,
-            dataloader_num_workers=0,
-            dataloader_pin_memory=False,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=next(model.parameters()).device.type == "cpu",
-        )
+        options = options_of(model, plan, out or scratch)
         watch = _Watch(collate, progress)
         trainer = AdapterTrainer(
             model, options, data_collator=collate, train_dataset=rows, callbacks=[watch], head_lr=plan.head_lr

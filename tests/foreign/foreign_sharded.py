@@ -1,18 +1,20 @@
-"""What two gloo processes do: every method under FSDP2, a shard per block and a shard per linear layer."""
+"""What two gloo processes do: every method under FSDP2, a shard per block and a shard per linear layer; on quantised bases DDP too."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from foreign import COLUMNS, Case, base, batch, labels, outputs
+from foreign import COLUMNS, Case, base, batch, gradients, labels, outputs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import deltatune as dt
+from deltatune.core.sharded import whole
 
 WAYS = ("block", "linear")
+CODES: dict[str, dict[str, Any]] = {"bnb-nf4": {}, "int4": {"group": 16}, "bnb-int8": {}}
 
 
 def sgd(model: Any) -> torch.optim.Optimizer:
@@ -75,21 +77,53 @@ def one(column: str, way: str, folder: Path) -> dict[str, Any]:
     return found
 
 
+def coded(case: Case, to: str) -> Any:
+    """The method on a quantised base."""
+    model = dt.quantise(base(), to, **CODES[to])
+    case.attach(model)
+    return model
+
+
+def one_coded(column: str, to: str, how: str, folder: Path) -> dict[str, Any]:
+    """The gradients of each process's half of the rows, and the file, beside one process with all rows."""
+    case = Case(column, folder)
+    alone, model = coded(case, to), coded(case, to)
+    adapter, rank = dt.adapters(model)["default"], dist.get_rank()
+    names = [n for n, p in alone.named_parameters() if p.requires_grad]
+    if how == "fsdp2":
+        shard(model, "block")
+    wrapped = nn.parallel.DistributedDataParallel(model) if how == "ddp" else model
+    half = slice(2 * rank, 2 * rank + 2)
+    wrapped(**{k: t[half] for k, t in batch().items()}, labels=labels()[half]).loss.backward()
+    got = {n: whole(model.get_parameter(n).grad) for n in names}
+    adapter.save(folder / f"{to}-{how}")
+    dist.barrier()
+    return {"got": got, "want": gradients(alone)}
+
+
 def run(rank: int, folder: str, n_threads: int) -> None:
     """One of the two processes; the first writes what it found."""
     torch.set_num_threads(n_threads)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    found: dict[tuple[str, str], Any] = {}
+    found: dict[tuple[str, ...], Any] = {}
     for column in COLUMNS:
         for way in WAYS:
-            try:
-                found[column, way] = one(column, way, Path(folder) / column / way)
-            except Exception as error:
-                found[column, way] = f"{type(error).__name__}: {error}"
+            found[column, way] = settled(one, column, way, Path(folder) / column / way)
+        for to in CODES if column != "full" else ():
+            for how in ("ddp", "fsdp2"):
+                found[column, to, how] = settled(one_coded, column, to, how, Path(folder) / column)
     if rank == 0:
         torch.save(found, Path(folder) / "found.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def settled(what: Any, *args: Any) -> Any:
+    """What came of it, or the error's text."""
+    try:
+        return what(*args)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def saved(folder: Path, column: str, way: str) -> Tensor:

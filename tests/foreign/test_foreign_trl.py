@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from foreign import COLUMNS, EXACT, Case, Documented, Refused, base, cells, check_cell, close, moved, outputs, row
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 import deltatune as dt
 from deltatune.train.trainer import ScheduleCallback
@@ -221,6 +221,63 @@ def sft_packed(case: Case) -> None:
     assert len(run.train_dataset) == 1
     run.train()
     assert losses(run) == pytest.approx(by_hand(twin, next_token_loss, 3), rel=1e-5)
+
+
+BUT_LORA = tuple(c for c in COLUMNS if c != "lora")
+CODED = Refused("trains it in place, and its weight is quantised")
+
+
+def same_steps(case: Case, build: Any, dtype: torch.dtype) -> None:
+    """On the quantised base that `build` gives: the losses and outputs of a loop by hand, which begins with the adapter's
+    values in `dtype`, and not one bit of the base moves."""
+    model, twin = build(), build()
+    for one in (model, twin):
+        case.attach(one)
+        one.train()  # in eval mode bitsandbytes has a bf16 kernel on some CPUs
+    for p in dt.adapters(twin)["default"].parameters():
+        p.data = p.data.to(dtype).float()
+    still = frozen(model)
+    run = trainer(case, model, own=False)
+    run.train()
+    assert {p.dtype for p in dt.adapters(model)["default"].parameters()} == {torch.float32}
+    assert losses(run) == pytest.approx(by_hand(twin, next_token_loss, 3), rel=1e-5)
+    assert close(outputs(model, "causal"), outputs(twin, "causal"))
+    assert any(t.dtype == torch.uint8 for t in (*model.parameters(), *model.buffers()))
+    assert all(torch.equal(model.get_parameter(n), p) for n, p in still.items())
+
+
+@row(
+    SFT,
+    "a base in NF4 as transformers loads it, `BitsAndBytesConfig`: the losses and weights of a loop by hand, the base by no bit",
+    Documented("TRL rounds the adapter to bfloat16 as it is made; from its first step on it is fp32, as everywhere"),
+    slow=BUT_LORA,
+    full=CODED,
+    head=NO_HEAD,
+)
+def sft_nf4(case: Case) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base("causal").save_pretrained(case.tmp / "base")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+    )  # fmt: skip
+    same_steps(
+        case,
+        lambda: AutoModelForCausalLM.from_pretrained(case.tmp / "base", quantization_config=config, dtype="float32"),
+        torch.bfloat16,
+    )
+
+
+@row(
+    SFT,
+    "a base in NF4 or `int4` of `dt.quantise`: the same",
+    slow=BUT_LORA,
+    full=CODED,
+    head=NO_HEAD,
+)
+def sft_codes(case: Case) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    for to, options in (("bnb-nf4", {}), ("int4", {"group": 16})):
+        same_steps(case, lambda to=to, options=options: dt.quantise(base("causal"), to, **options), torch.float32)
 
 
 UNSEEN = Refused("got no gradient: its site did not run, its forward was replaced after attach, or the loss reads")

@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer, Training
 import deltatune as dt
 from deltatune.core.storage import format_of
 from deltatune.quant import n_weights
+from deltatune.train.fit import optimizer_of
 
 WITH_FILE = ("bnb-nf4", "bnb-fp4", "bnb-int8", "int2", "int3", "int4", "nf3")
 
@@ -58,6 +59,45 @@ def test_a_tied_model(tmp_path: Path) -> None:
     again: Any = dt.load_base(tmp_path / "base")
     assert torch.equal(again(IDS).logits, model(IDS).logits)
     assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+class Shared(LlamaForCausalLM):
+    """Two layers that both blocks have."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        one, other = self.model.layers
+        other.mlp.up_proj, other.self_attn.q_proj = one.mlp.up_proj, one.self_attn.q_proj
+
+
+def shared() -> Any:
+    torch.manual_seed(0)
+    return Shared(llama().config).eval()
+
+
+@pytest.mark.parametrize("to", ["bnb-nf4", "int4"])
+def test_a_module_of_two_parents(to: str, tmp_path: Path) -> None:
+    """It becomes one quantised module under both names, in place, as it loads, and from its own file."""
+
+    def same(model: Any) -> nn.Module:
+        one, other = model.model.layers
+        assert other.mlp.up_proj is one.mlp.up_proj and other.self_attn.q_proj is one.self_attn.q_proj
+        assert torch.equal(model(IDS).logits, want)
+        layer: nn.Module = other.mlp.up_proj
+        return layer
+
+    model = dt.quantise(shared(), to)
+    want = model(IDS).logits
+    assert format_of(same(model)) is not None
+    dt.save_base(model, tmp_path / "base")
+    assert format_of(same(dt.load_base(tmp_path / "base", cls=Shared))) is not None
+    every = shared().state_dict()
+    shared().config.save_pretrained(tmp_path)
+    for left_out in ("layers.1.mlp.up", "layers.0.mlp.up", "neither"):  # a file has one name, the other one, or both
+        save_file({k: t.clone() for k, t in every.items() if left_out not in k}, tmp_path / "model.safetensors")
+        assert format_of(same(dt.load_base(tmp_path, to, cls=Shared, dtype=torch.float32))) is not None
+    want = dt.dequantise(model)(IDS).logits
+    assert type(same(model)) is nn.Linear
 
 
 def test_dequantised() -> None:
@@ -139,7 +179,7 @@ def test_the_stock_trainer(folder: Path, tmp_path: Path) -> None:
     assert any(not torch.equal(p, q) for p, q in zip(adapter.parameters(), before, strict=True))
 
 
-def test_our_trainer_and_trl(folder: Path, tmp_path: Path) -> None:
+def test_our_trainer(folder: Path, tmp_path: Path) -> None:
     from deltatune.train.trainer import AdapterTrainer
 
     for to in ("bnb-nf4", "int4"):
@@ -148,6 +188,46 @@ def test_our_trainer_and_trl(folder: Path, tmp_path: Path) -> None:
         before = [p.detach().clone() for p in adapter.parameters()]
         AdapterTrainer(model, _options(tmp_path), train_dataset=_rows()).train()
         assert any(not torch.equal(p, q) for p, q in zip(adapter.parameters(), before, strict=True))
+
+
+def _optimised(folder: Path, out: Path, optim: str) -> tuple[list[torch.Tensor], Any]:
+    from deltatune.train.trainer import AdapterTrainer
+
+    torch.manual_seed(0)
+    model = dt.load_base(folder, "int4", dtype=torch.float32)
+    adapter = dt.attach(model, "qlora", r=4, dropout=0.0)
+    options = _options(out)
+    options.optim, options.weight_decay = optim, 0.1
+    trainer = AdapterTrainer(model, options, train_dataset=_rows())
+    trainer.train()
+    return [p.detach() for p in adapter.parameters()], trainer.optimizer
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_a_paged_optimiser(folder: Path, tmp_path: Path) -> None:
+    """It is AdamW with the same constants; our trainer takes it where all methods that train ask for it."""
+    plain, _ = _optimised(folder, tmp_path, "adamw_torch")
+    paged, optimizer = _optimised(folder, tmp_path, "paged_adamw_32bit")
+    assert optimizer.optimizer.is_paged
+    for got, want in zip(paged, plain, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+    model = dt.load_base(folder, "int4")
+    qlora = dt.attach(model, "qlora", r=4, name="one")
+    assert optimizer_of(model) == (None, "plain AdamW, its pages are CUDA's alone")
+    other = dt.attach(model, "qa_lora", r=4, name="two")
+    assert optimizer_of(model) == (None, "AdamW")
+    other.detach()
+    qlora.detach()
+    dt.attach(model, dt.Stack(dt.QLoRA(r=4), dt.IA3()))
+    assert optimizer_of(model) == (None, "AdamW")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_paged_optimiser_on_a_gpu(folder: Path) -> None:
+    model = dt.load_base(folder, "bnb-nf4", device="cuda")
+    dt.attach(model, "qlora", r=4)
+    assert optimizer_of(model) == ("paged_adamw_32bit", "paged AdamW")
 
 
 # --- mistakes ----------------------------------------------------------------------------------------------------------
@@ -238,6 +318,67 @@ def test_damaged_files(kept: Path, tmp_path: Path, folder: Path) -> None:
     shard.unlink()
     with pytest.raises(ValueError, match=rf"{shard.name} is damaged"):
         dt.load_base(shards, "int4")
+
+
+def test_other_damage(kept: Path, folder: Path, tmp_path: Path) -> None:
+    """Of the card, the index, the configuration, or numbers that are none."""
+    copy = _damaged(kept, tmp_path)
+    text = (copy / "base.json").read_text()
+    name = next(iter(json.loads(text)["layers"]))
+    for change, why in (
+        (lambda c: c["layers"].update({name: {}}), r"base.json is damaged: 'to'"),
+        (lambda c: c["layers"].update({name: {"to": "nf9"}}), rf"base.safetensors: {name} is no nf9: unknown format 'nf9'"),
+        (lambda c: c["layers"].update({name: {"to": "int4", "grop": 8}}), rf"{name} is no int4 8: unknown option of int4 'grop'"),
+        (lambda c: c["layers"].update({name: {"to": "ao-int8"}}), rf"{name} is no ao-int8: this format has no file"),
+        (lambda c: c["layers"].update({"model.nowhere": {"to": "int4"}}), r"model.nowhere is no int4: .*no attribute"),
+        (lambda c: c["layers"].update({name: {"to": "bnb-nf4"}}), rf"{name} is no bnb-nf4: its file holds no nf4 weight"),
+    ):  # fmt: skip
+        card = json.loads(text)
+        change(card)
+        (copy / "base.json").write_text(json.dumps(card))
+        with pytest.raises(ValueError, match=why):
+            dt.load_base(copy)
+    shards = Path(shutil.copytree(folder, tmp_path / "shards"))
+    for tensor_name in ("model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"):
+        shard = next(p for p in shards.glob("model-*.safetensors") if tensor_name in load_file(p))
+        (tensors := load_file(shard))[tensor_name][0, 0] = torch.nan
+        save_file(tensors, shard)
+    with pytest.raises(
+        ValueError, match=r"model-.*safetensors: model.layers.1.mlp.up_proj.weight: its weight is not finite"
+    ):
+        dt.load_base(shards, "int4")
+    shard.write_bytes(b"\xff" * 64 + shard.read_bytes()[64:])
+    with pytest.raises(ValueError, match=rf"{shard.name} is damaged"):
+        dt.load_base(shards, "int4")
+    (shards / "model.safetensors.index.json").write_text('{"weight_map": []}')
+    with pytest.raises(ValueError, match=r"index.json is damaged"):
+        dt.load_base(shards, "int4")
+    config = json.loads((shards / "config.json").read_text())
+    quantised = {"quant_method": "gptq", "bits": 4, "group_size": 64}
+    (shards / "config.json").write_text(json.dumps({**config, "quantization_config": quantised}))
+    with pytest.raises(ValueError, match=r"is quantised already, by gptq; transformers' from_pretrained loads it"):
+        dt.load_base(shards, "int4")
+    (shards / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is damaged"):
+        dt.load_base(shards, "int4")
+    sick = llama()
+    with torch.no_grad():
+        sick.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj: its weight is not finite"):
+        dt.quantise(sick, "int4")
+    assert all(format_of(m) is None for m in sick.modules())
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "why"),
+    [("int5", {}, "unknown format 'int5'"), ("nf8", {}, "unknown format 'nf8'"), ("int4", {"group": 48}, "q_proj: group is 48")],
+)  # fmt: skip
+def test_what_cannot_be_loaded(to: str, options: dict[str, Any], why: str, folder: Path) -> None:
+    """It is said before a shard is opened, and the folder stays as it is."""
+    before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    with pytest.raises(ValueError, match=why):
+        dt.load_base(folder, to, **options)
+    assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
 
 
 def test_another_format_than_the_file_s(kept: Path, tmp_path: Path) -> None:

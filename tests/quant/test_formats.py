@@ -13,7 +13,7 @@ from torch import nn
 
 import deltatune as dt
 from deltatune.core.groups import BITS, GroupLinear, normal_floats, packed, unpacked
-from deltatune.core.storage import format_of
+from deltatune.core.storage import format_of, unregistered
 
 FORMATS = ("bnb-nf4", "bnb-fp4", "bnb-int8", "ao-int8", "int2", "int3", "int4", "int8", "nf2", "nf3", "nf4")
 
@@ -64,6 +64,22 @@ def test_gradient_of_the_input(to: str) -> None:
     layer(x).backward(grad)
     assert x.grad is not None
     torch.testing.assert_close(x.grad, grad @ kind.read(layer, "weight").float(), atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "n"),
+    # blocks of 64: an fp32 each, or a byte, with an fp32 for 256 of them, their mean and a table; and the table of the codes
+    [
+        ("bnb-nf4", {"double": False}, 96 * 4 + 64), ("bnb-nf4", {}, 96 + 4 + 4 + 256 * 4 + 64), ("bnb-int8", {}, 48 * 4),
+        ("int4", {}, 0),
+    ],
+)  # fmt: skip
+def test_scales_that_are_no_parameters_are_counted(to: str, options: dict[str, Any], n: int) -> None:
+    layer = quantised(to, **options)
+    own = {t.data_ptr() for t in (*layer.parameters(), *layer.buffers())}
+    for _ in range(2):  # the first forward moves those of LLM.int8
+        assert sum({t.data_ptr(): t.nbytes for t in unregistered(layer) if t.data_ptr() not in own}.values()) == n
+        layer(torch.randn(5, 128))
 
 
 def test_as_bitsandbytes_reads() -> None:
