@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ class Options:
     device: str
     shape: str
     repeats: int | None
+    out: Path
+    profile: bool = False
 
 
 class Red(Exception):
@@ -76,7 +79,11 @@ SHAPES = {
     "small": _shape(2000, 256, 704, 4, 4, 4, 4, 64),
     "1b": _shape(32000, 2048, 5632, 22, 32, 4, 8, 1024),
     "8b": _shape(128256, 4096, 14336, 32, 32, 8, 4, 1024),
+    "tiny": _shape(512, 128, 256, 3, 4, 4, 4, 32),
+    "7b": _shape(32000, 4096, 11008, 32, 32, 32, 4, 512),
+    "13b": _shape(32000, 5120, 13824, 40, 40, 40, 4, 512),
 }
+SHAPED = ("step", "memory", "qlora", "low_rank", "candidates")  # benchmarks that --shape is for
 
 
 def llama(shape: str, device: str, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
@@ -184,18 +191,25 @@ def versions() -> dict[str, str]:
     import deltatune.version
 
     found = {"python": platform.python_version(), "deltatune": deltatune.version.VERSION}
-    return found | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+    compared = ("torch", "transformers", "peft", *(["bitsandbytes"] if "bitsandbytes" in sys.modules else []))
+    return found | {name: importlib.metadata.version(name) for name in compared}
 
 
 def command(name: str, options: Options) -> str:
     """What runs it again."""
-    shape = f" --shape {options.shape}" if name == "step" else ""
+    shape = f" --shape {options.shape}" if name in SHAPED else ""
     repeats = f" --repeats {options.repeats}" if options.repeats else ""
     return f"python benchmarks/run.py {name} --device {options.device}{shape}{repeats}"
 
 
-def write(folder: Path, name: str, options: Options, rows: list[Row]) -> Path:
-    """One JSON per benchmark, device and shape; a new run replaces the old one."""
+def path_of(name: str, options: Options) -> Path:
+    """One JSON per benchmark, device and shape."""
+    parts = [name, options.device, *([options.shape] if name in SHAPED else [])]
+    return options.out / f"{'-'.join(parts)}.json"
+
+
+def write(name: str, options: Options, rows: list[Row], done: bool = True) -> Path:
+    """The rows with what they ran on; a new run replaces the old one, and what is not `done` lies beside it."""
     card = {
         "benchmark": name,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -204,10 +218,40 @@ def write(folder: Path, name: str, options: Options, rows: list[Row]) -> Path:
         "versions": versions(),
         "rows": rows,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ("-".join([name, options.device, *([options.shape] if name == "step" else [])]) + ".json")
-    path.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    path = path_of(name, options)
+    part = path.with_suffix(".part.json")
+    options.out.mkdir(parents=True, exist_ok=True)
+    (path if done else part).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    if done:
+        part.unlink(missing_ok=True)
     return path
+
+
+def begun(name: str, options: Options) -> list[Row]:
+    """The rows that a run which was cut off has left, if it was this command on this machine with these versions."""
+    part = path_of(name, options).with_suffix(".part.json")
+    if not part.is_file():
+        return []
+    card = json.loads(part.read_text(encoding="utf-8"))
+    same = {"command": command(name, options), "machine": machine(options.device), "versions": versions()}
+    return card["rows"] if all(card[key] == value for key, value in same.items()) else []
+
+
+def put(page: Path, name: str, inside: str) -> None:
+    """Text between the page's markers of this name. Raises ValueError where one is missing."""
+    opening, closing = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, opened, rest = page.read_text(encoding="utf-8").partition(opening)
+    _, closed, after = rest.partition(closing)
+    if not (opened and closed):
+        raise ValueError(f"{page.name} needs the markers {opening} and {closing}, in this order")
+    page.write_text(f"{before}{opening}\n{inside}{closing}{after}", encoding="utf-8")
+
+
+def markdown(rows: list[Row]) -> str:
+    """The rows as a table of a page."""
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [heads, ["---"] * len(heads), *([text(row.get(head, "")) for head in heads] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 def table(rows: list[Row]) -> str:

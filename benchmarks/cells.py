@@ -3,19 +3,22 @@
     python benchmarks/cells.py --category partial --shared FOLDER --models llama-17m,t5-22m,minilm --device cuda --workers 6
     python benchmarks/cells.py --category partial --table          prints the tables of results/partial
     python benchmarks/cells.py --category partial --write          puts them into docs/partial.md
+    python benchmarks/cells.py --category quantised --models llama-17m --seeds 0,1,2 --device cuda --workers 6
 
 `FOLDER` holds data/webnlg, data/glue_* and models (by default what DELTATUNE_SHARED names, or ../shared). The model says the task:
 `minilm` classifies Python's documentation (`stdlib_docs`) with the machinery of `deltatune compare`, the others write WebNLG's texts.
 Every method has its defaults, the same steps, rows and number of learning rates, spread over its own range; validation rows choose
 one, test rows are touched once. On WebNLG what is scored was saved and loaded again. A method that is made of saved adapters gets
 three, trained here first: on one category of WebNLG each; on another task each where they are prompts of a classifier, and where they
-are whole adapters, which have its head, on a third of its own rows each.
+are whole adapters, which have its head, on a third of its own rows each. The category `quantised` compares ARMS instead: one size
+and one range of learning rates on bases of several formats.
 """
 
 import argparse
 import json
 import math
 import os
+import statistics
 import sys
 import tempfile
 import threading
@@ -23,9 +26,9 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from multiprocessing import Manager, get_context
 from pathlib import Path
 from queue import Empty
@@ -33,6 +36,7 @@ from typing import Any
 
 import torch
 import webnlg
+from memory import nbytes
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.utils import logging
@@ -41,15 +45,17 @@ import deltatune as dt
 from deltatune.assess.cells import Budget, Cell, path_of, read_folder, write_atomic
 from deltatune.assess.measure import machine, versions
 from deltatune.assess.run import Bench, Candidate, learning_rates
-from deltatune.core.compose import PRESETS, Tree
+from deltatune.core.compose import PRESETS, Tree, looking
 from deltatune.core.errors import unknown
 from deltatune.core.method import METHODS, named
+from deltatune.core.storage import format_of
+from deltatune.quant import is_quantised, n_weights
 from deltatune.tasks import task
-from deltatune.train.data import Rows
+from deltatune.train.data import Rows, some
 from deltatune.train.fit import Plan, fit
 
 ROOT = Path(__file__).resolve().parent.parent
-CATEGORIES = ("additive", "partial", "reparameterized")  # each with its page and its folder of results
+CATEGORIES = ("additive", "partial", "reparameterized", "quantised")  # each with its page and its folder of results
 OPEN, CLOSE = "<!-- cells -->", "<!-- /cells -->"
 FROZEN = "none"  # the backbone as it is
 ENCODER = "minilm"
@@ -57,6 +63,42 @@ BASELINES = {"webnlg": (FROZEN, "lora", "full"), "stdlib_docs": ("head", "lora",
 OWN_SIZES: dict[tuple[str, str], dict[str, Any]] = {
     ("webnlg", "dept"): {"length": 512}
 }  # its default is too short for some rows
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method as WebNLG's cells run it, under its own name or another."""
+
+    method: str
+    hyper: dict[str, Any] = field(default_factory=dict)
+    to: str = ""  # the base's format
+    options: dict[str, Any] = field(default_factory=dict)  # of the format
+    lr: tuple[float, float] | None = None  # the method's own, where there is none
+
+
+def _arms() -> dict[str, Arm]:
+    """LoRA of one rank on all linears, on a plain base, at a little over 4 bits a weight, and at 2.5."""
+    alike: dict[str, Any] = {"r": 16, "alpha": 16.0, "where": "linear"}
+    lr = METHODS["lora"].lr
+    low: dict[str, Any] = {"group": 64}  # codes of 2 bits and a scale in fp32
+    lq: dict[str, Any] = {"groups": (64, 128), "steps": 5, "niter": 2}  # as many turns as loftq, in seconds
+    return {
+        FROZEN: Arm(FROZEN),
+        f"{FROZEN}_nf4": Arm(FROZEN, to="bnb-nf4"),
+        f"{FROZEN}_nf2": Arm(FROZEN, to="nf2", options=low),
+        "full": Arm("full"),
+        "lora": Arm("lora", alike, lr=lr),
+        "qlora": Arm("qlora", alike | {"dropout": 0.0}, "bnb-nf4", lr=lr),
+        "loftq": Arm("loftq", alike | {"to": "bnb-nf4", "double": True}, lr=lr),
+        "lq_lora": Arm("lq_lora", alike | lq | {"bits": 4.127}, lr=lr),
+        "qa_lora": Arm("qa_lora", alike, "int4", {"group": 32}, lr=lr),
+        "qlora_nf2": Arm("qlora", alike | {"dropout": 0.0}, "nf2", low, lr=lr),
+        "loftq_nf2": Arm("loftq", alike | {"to": "nf2"} | low, lr=lr),
+        "lq_lora_2_5": Arm("lq_lora", alike | lq | {"bits": 2.5}, lr=lr),
+    }
+
+
+ARMS = {"quantised": _arms()}  # by category
 OTHER_TASKS = ("glue/sst2", "glue/mrpc", "glue/cola")  # what prompts that are sources of a classifier have learned
 N_SOURCES, HEAD_LR, MAX_LENGTH = 3, 0.05, 64
 OWN = N_SOURCES  # the number of a source that was trained on the task itself, for as long as the others
@@ -107,6 +149,7 @@ class Job:
     command: str
     retry: bool = False
     source: int | None = None
+    category: str = ""
 
     @property
     def task(self) -> str:
@@ -124,6 +167,17 @@ class Job:
         place = path_of(self.out, self.model, self.method, self.task, self.seed)
         return place if self.task == "stdlib_docs" else place.with_name(place.name.replace(".cell.json", ".json"))
 
+    @property
+    def arm(self) -> Arm:
+        """The category's own of this name, or the method."""
+        own = ARMS.get(self.category, {}).get(self.method)
+        return own or Arm(self.method, OWN_SIZES.get((self.task, self.method), {}))
+
+    @property
+    def lr(self) -> tuple[float, float]:
+        """The range of its learning rates."""
+        return self.arm.lr or named(self.arm.method).lr
+
     def folder(self, k: int) -> Path:
         """Of the `k`-th source adapter of this job's method, or of the method that it is made of."""
         return Path(self.sources) / self.model / (sources_of(self.method) or self.method) / str(k)
@@ -131,7 +185,7 @@ class Job:
 
 def sources_of(method: str) -> str:
     """The method whose saved adapters it is made of; "" for most, also where it can do without."""
-    card = None if method == FROZEN else named(method)
+    card = METHODS.get(method, PRESETS.get(method))  # an arm of another name has none
     return getattr(card, "sources", "") if getattr(card, "needs_sources", True) else ""
 
 
@@ -142,7 +196,7 @@ def source_numbers(method: str) -> list[int]:
 
 def tree_of(job: Job, n_tasks: int = 1) -> Tree:
     """The method with its defaults; with a tensor for each task and with its sources, where it has such."""
-    card, hyper = named(job.method), dict(OWN_SIZES.get((job.task, job.method), {}))
+    card, hyper = named(job.arm.method), dict(job.arm.hyper)
     if n_tasks > 1 and "n_tasks" in {name for name, *_ in card.hyperparameters()}:
         hyper["n_tasks"] = n_tasks
     if sources_of(job.method) and job.source is None:
@@ -302,7 +356,7 @@ def clean(job: Job, error: str) -> str:
 
 def record(job: Job, found: dict[str, Any]) -> None:
     """Write a cell of ours; one field a line."""
-    card = None if job.method == FROZEN else named(job.method)
+    card = None if job.arm.method == FROZEN else named(job.arm.method)
     if "error" in found:
         found["error"] = clean(job, found["error"])
     plain = {
@@ -332,38 +386,71 @@ def webnlg_cell(job: Job) -> str:
     """Train at each learning rate, keep what validates best, load it again, and score what it generates."""
     begun = time.perf_counter()
     facts = data(job.shared, job.size)
-    model = webnlg.load(Path(job.shared) / "models" / job.model).to(job.device)
-    found: dict[str, Any] = {"data": facts.hashes, "n_backbone": sum(p.numel() for p in model.parameters())}
-    if job.method != FROZEN:
+    model, arm = webnlg.load(Path(job.shared) / "models" / job.model).to(job.device), job.arm
+    if arm.to:
+        dt.quantise(model, arm.to, **arm.options)
+    found: dict[str, Any] = {"data": facts.hashes, "n_backbone": n_weights(model)}
+    tree = None
+    with tempfile.TemporaryDirectory() as scratch:
+        if arm.method != FROZEN:
+            try:
+                tree = tree_of(job, len(facts.categories))
+                coder, rows, _ = coded(job.shared, job.size, job.model)
+                pad, size = webnlg.Pad(coder, has_tasks(tree)), job.size.batch
+                looked = looking(tree, lambda n: some(rows, pad, n, size, job.seed, job.device))
+                start = starter(model, looked, Path(scratch))
+            except (ValueError, NotImplementedError) as error:
+                record(job, {**found, "status": "unfit", "error": str(error)})
+                return f"does not fit: {error}"
+            found |= {"hyper": tree.to_dict()}
+            found |= {"sources": sources_said(job, facts.categories)}
+        if is_quantised(model):
+            found |= {"base": arm.to or job.method, "bits": bits(model)}
         try:
-            tree = tree_of(job, len(facts.categories))
-            dt.attach(model, tree, head=None).detach()
-        except (ValueError, NotImplementedError) as error:
-            record(job, {**found, "status": "unfit", "error": str(error)})
-            return f"does not fit: {error}"
-        found |= {"hyper": tree.to_dict()}
-        found |= {"sources": sources_said(job, facts.categories)}
-    try:
-        found |= _measured(job, model, facts, None if job.method == FROZEN else tree)
-    except (ValueError, RuntimeError, ArithmeticError, NotImplementedError) as error:
-        record(job, {**found, "status": "failed", "error": f"{type(error).__name__}: {error}"})
-        if isinstance(error, RuntimeError) and "CUDA" in str(error):
-            raise  # the process is of no more use
-        return f"failed: {error}"
+            found |= _measured(job, model, facts, tree, None if tree is None else start, Path(scratch))
+        except (ValueError, RuntimeError, ArithmeticError, NotImplementedError) as error:
+            record(job, {**found, "status": "failed", "error": f"{type(error).__name__}: {error}"})
+            if isinstance(error, RuntimeError) and "CUDA" in str(error):
+                raise  # the process is of no more use
+            return f"failed: {error}"
     found["seconds"]["total"] = time.perf_counter() - begun
     record(job, found)
     s = found["scores"]
     return f"BLEU {s['bleu']:.2f}, chrF {s['chrf']:.1f}, {s['validation_loss']:.3f} nats, {found['seconds']['total']:.0f} s"
 
 
-def _measured(job: Job, model: Any, facts: webnlg.WebNLG, tree: Tree | None) -> dict[str, Any]:
+def starter(model: Any, tree: Tree, scratch: Path) -> Callable[[], dt.Adapter]:
+    """What attaches the tree anew for each trial. Raises ValueError where it does not fit.
+
+    A method that quantises the base does it here, once: its trials begin with what it left, on the codes that stay.
+    """
+    adapter = dt.attach(model, tree, head=None)
+    rebases = any(leaf.method.rebases for _, leaf in tree.leaves())
+    if rebases:
+        adapter.save(scratch / "start")
+    adapter.detach()
+    return (
+        partial(dt.load, model, scratch / "start", trainable=True)
+        if rebases
+        else partial(dt.attach, model, tree, head=None)
+    )
+
+
+def bits(model: Any) -> float:
+    """Bits of a weight of the quantised layers, with all that is kept beside the codes."""
+    layers = [module for module in model.modules() if format_of(module) is not None]
+    return 8 * sum(map(nbytes, layers)) / sum(layer.in_features * layer.out_features for layer in layers)
+
+
+def _measured(
+    job: Job, model: Any, facts: webnlg.WebNLG, tree: Tree | None, start: Callable[[], dt.Adapter] | None, scratch: Path
+) -> dict[str, Any]:
     tell, asks = telling(job), tree is not None and has_tasks(tree)
     coder, _, validation = coded(job.shared, job.size, job.model)
     pad = webnlg.Pad(coder, asks)
     found: dict[str, Any] = {"n_trainable": 0, "seconds": {}}
-    if tree is not None:
-        with tempfile.TemporaryDirectory() as scratch:
-            found |= _trained(job, model, tree, pad, Path(scratch))
+    if start is not None:
+        found |= _trained(job, model, start, pad, scratch)
     tell("generate", 0, 0, None, 0.0)
     at, cached = time.perf_counter(), True
     try:
@@ -382,16 +469,16 @@ def _measured(job: Job, model: Any, facts: webnlg.WebNLG, tree: Tree | None) -> 
     return found
 
 
-def _trained(job: Job, model: Any, tree: Tree, pad: webnlg.Pad, scratch: Path) -> dict[str, Any]:
+def _trained(job: Job, model: Any, start: Callable[[], dt.Adapter], pad: webnlg.Pad, scratch: Path) -> dict[str, Any]:
     """Leaves the best of the trials on the model, loaded from its file."""
     _, rows, validation = coded(job.shared, job.size, job.model)
     tell, best, found = telling(job), math.inf, dict[str, Any]()
     trials, train_s = [], 0.0
-    for lr in learning_rates(*named(job.method).lr, job.size.lr_trials):
+    for lr in learning_rates(*job.lr, job.size.lr_trials):
         if job.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         torch.manual_seed(job.seed)
-        adapter = dt.attach(model, tree, head=None)
+        adapter = start()
         curve, step_ms, rate = [], 0.0, 0.0
         if any(p.requires_grad for p in adapter.parameters()):
             plan = Plan(n_steps=job.size.n_steps, batch=job.size.batch, lr=lr, seed=job.seed)
@@ -438,7 +525,9 @@ def page_of(category: str) -> Path:
 
 
 def candidates(model: str, category: str) -> list[str]:
-    """The task's baselines, then every method and preset of the category."""
+    """The task's baselines, then every method and preset of the category, or its arms."""
+    if category in ARMS:
+        return list(ARMS[category])
     cards = [named(name) for name in (*METHODS, *PRESETS)]
     own = sorted(c.name for c in cards if c.category == category and not getattr(c, "helper", False))
     return list(dict.fromkeys([*BASELINES["stdlib_docs" if model == ENCODER else "webnlg"], *own]))
@@ -511,7 +600,7 @@ def jobs_of(given: argparse.Namespace) -> list[Job]:
     small = {"n_steps": given.steps, "batch": given.batch, "lr_trials": given.trials}
     changed = {key: value for key, value in small.items() if value is not None}
     command = f"python benchmarks/cells.py --category {given.category} --models {given.models} --device {given.device}"
-    command += f" --workers {given.workers}"
+    command += f" --workers {given.workers}" + (f" --seeds {given.seeds}" if given.seeds != "0" else "")
     command += "".join(f" --{name.removeprefix('n_').removeprefix('lr_')} {v}" for name, v in changed.items())
     command += " --try" if given.tried else ""
     cells: list[Job] = []
@@ -520,9 +609,11 @@ def jobs_of(given: argparse.Namespace) -> list[Job]:
         size = TRY if given.tried else SIZES["stdlib_docs" if model == ENCODER else "webnlg"]
         size = replace(size, **changed, name=f"{size.name}, changed") if changed else size
         cells += [
-            Job(model, name, size, given.seed, str(given.shared), str(given.out), given.scratch, given.device,
-                given.threads, command, given.retry)
+            Job(model, name, size, seed, str(given.shared), str(given.out), given.scratch, given.device,
+                given.threads, command, given.retry, category=given.category)
+            for n, seed in enumerate(map(int, given.seeds.split(",")))
             for name in names
+            if n == 0 or not name.startswith(FROZEN)  # what does not train is the same at every seed
         ]  # fmt: skip
     cells = [job for job in cells if not is_done(job)]
     parts = {
@@ -587,26 +678,41 @@ def table(head: list[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
 
 
+def over(values: Sequence[float], digits: int) -> str:
+    """One value, or the mean of several seeds with their standard deviation."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
 def generation_table(cells: list[dict[str, Any]]) -> str:
-    """Of one backbone, the best BLEU first."""
-    done = sorted((c for c in cells if c["status"] == "done"), key=lambda c: -c["scores"]["bleu"])
-    floor = next((c["scores"] for c in done if c["key"]["method"] == FROZEN), None)
+    """Of one backbone, the best BLEU first; seeds of one method in one row."""
+    methods: dict[str, list[dict[str, Any]]] = {}
+    for c in cells:
+        if c["status"] == "done":
+            methods.setdefault(c["key"]["method"], []).append(c)
+    of = {name: [c["scores"] for c in group] for name, group in methods.items()}
+    mean = {name: {k: statistics.mean(s[k] for s in of[name]) for k in ("bleu", "validation_loss")} for name in of}
+    floor, sizes = mean.get(FROZEN), any("bits" in c for group in methods.values() for c in group)
     rows = []
-    for c in done:
-        name, s = c["key"]["method"], c["scores"]
+    for name, group in sorted(methods.items(), key=lambda item: -mean[item[0]]["bleu"]):
+        c, s = group[0], of[name]
         notes = ["baseline"] * (c["category"] == "baseline" or name in BASELINES["webnlg"])
-        if floor is not None and name != FROZEN and (
-            s["bleu"] <= floor["bleu"] or s["validation_loss"] >= floor["validation_loss"]
+        if floor is not None and not name.startswith(FROZEN) and (
+            mean[name]["bleu"] <= floor["bleu"] or mean[name]["validation_loss"] >= floor["validation_loss"]
         ):  # fmt: skip
             notes.append("did not learn")
         notes += [] if c["generation"]["cache"] else ["without a cache"]
         curve = [x for _, x in c.get("curve", ()) if x is not None]
+        rates = " ".join(dict.fromkeys(f"{c['lr']:g}" for c in group if "lr" in c and curve))
         rows.append([
-            f"`{name}`", f"{c['n_trainable']:,}", f"{c['lr']:g}" if "lr" in c and curve else "",
-            f"{curve[0]:.2f} to {curve[-1]:.2f}" if curve else "", f"{s['validation_loss']:.3f}", f"{s['bleu']:.2f}",
-            f"{s['chrf']:.1f}", f"{c.get('step_ms', 0):.0f}" if curve else "", ", ".join(notes),
+            f"`{name}`", *([f"{c['bits']:.2f}" if "bits" in c else "32"] if sizes else []), f"{c['n_trainable']:,}", rates,
+            f"{curve[0]:.2f} to {curve[-1]:.2f}" if curve else "", over([x["validation_loss"] for x in s], 3),
+            over([x["bleu"] for x in s], 2), over([x["chrf"] for x in s], 1),
+            f"{statistics.median(c.get('step_ms', 0) for c in group):.0f}" if curve else "", ", ".join(notes),
         ])  # fmt: skip
-    return table(["method", "trainable", "lr", "training loss", "validation", "BLEU", "chrF", "ms a step", ""], rows)
+    head = ["method", *(["bits"] if sizes else []), "trainable", "lr", "training loss", "validation", "BLEU", "chrF"]
+    return table([*head, "ms a step", ""], rows)
 
 
 def classifier_table(cells: list[Cell]) -> str:
@@ -654,6 +760,8 @@ def tables(folder: Path) -> str:
             first = next(c for c in mine if c["status"] == "done")
             b, n, on = first["budget"], first["generation"]["inputs"], first["machine"]["device"]
             size = f"{b['n_steps']} steps of {b['batch']} rows, {b['lr_trials']} learning rates"
+            seeds = len({c["key"]["seed"] for c in mine if c["status"] == "done"})
+            size += f", {seeds} seeds, mean ± standard deviation" if seeds > 1 else ""
             parts.append(f"### WebNLG on {model}\n\n{size}, {n} test inputs, greedy, {on}.\n\n{generation_table(mine)}")
         bad = [(c["key"]["method"], c["status"], c["error"]) for c in mine if c["status"] != "done"]
         bad += [(c.key.method, c.status, c.error or "") for c in classified if c.status == "failed"]
@@ -683,7 +791,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes beside each other")
     parser.add_argument("--threads", type=int, default=1, help="of torch, a process")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", default="0", help="numbers with commas between")
     parser.add_argument("--steps", type=int, help="another number than the task's own")
     parser.add_argument("--batch", type=int, help="likewise")
     parser.add_argument("--trials", type=int, help="likewise, learning rates")
@@ -706,8 +814,9 @@ def main() -> int:
         if given.table or given.write:
             return 0
         for name in given.methods.split(",") if given.methods else ():
-            if name != FROZEN and name not in METHODS and name not in PRESETS:
-                raise unknown("method", name, (FROZEN, *METHODS, *PRESETS))
+            own = ARMS.get(given.category, {})
+            if name != FROZEN and name not in own and name not in METHODS and name not in PRESETS:
+                raise unknown("method", name, (FROZEN, *own, *METHODS, *PRESETS))
         with tempfile.TemporaryDirectory() as given.scratch:
             return min(run(given, console), 1)
     except ValueError as error:

@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+import deltatune as dt
+from deltatune.core.compose import looking
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import cells  # noqa: E402
+import memory  # noqa: E402
 import webnlg  # noqa: E402
 
 AGAIN = "run `python benchmarks/cells.py --category {} --write`"
@@ -95,5 +99,49 @@ def test_a_decoder_s_prompt_has_no_label() -> None:
 
 @pytest.mark.parametrize("category", cells.CATEGORIES)
 def test_page_is_current(category: str) -> None:
-    page, tables = cells.page_of(category).read_text(encoding="utf-8"), cells.tables(cells.results_of(category))
+    page, folder = cells.page_of(category).read_text(encoding="utf-8"), cells.results_of(category)
+    tables = cells.tables(folder) if folder.is_dir() else ""  # nothing was measured yet
     assert page.partition(cells.OPEN)[2].partition(cells.CLOSE)[0] == f"\n{tables}", AGAIN.format(category)
+
+
+def test_seeds_are_one_row(tmp_path: Path) -> None:
+    base = {"bits": 4.127}
+    for seed, bleu in enumerate((8.0, 10.0)):
+        job = cells.Job(
+            "llama-17m", "qlora", cells.TRY, seed, "", str(tmp_path), "", "cpu", 1, "", category="quantised"
+        )
+        scores = {"bleu": bleu, "chrf": 20.0, "validation_loss": 2.0}
+        found = {"n_trainable": 7, "lr": 0.1 + seed, "curve": [[1, 3.0]], "generation": {"inputs": 4, "cache": True}}
+        cells.record(job, {**found, **base, "scores": scores})
+    cell(tmp_path, "none", 1.0, 5.0)
+    text = cells.tables(tmp_path)
+    assert "2 seeds, mean ± standard deviation" in text
+    assert "| `qlora` | 4.13 | 7 | 0.1 1.1 | 3.00 to 3.00 | 2.000 ± 0.000 | 9.00 ± 1.41 | 20.0 ± 0.0 | 0 |  |" in text
+    assert "| `none` | 32 | 7 |" in text
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora", "loftq_nf2", "lq_lora_2_5", "qa_lora"])
+def test_arms_begin_each_trial_alike(name: str, tmp_path: Path) -> None:
+    job = cells.Job("llama-17m", name, cells.TRY, 0, "", "", "", "cpu", 1, "", category="quantised")
+    model = memory.base("tiny", "cpu").float()
+    if job.arm.to:
+        dt.quantise(model, job.arm.to, **job.arm.options)
+    ids = torch.arange(8).view(2, 4)
+    start = cells.starter(model, looking(cells.tree_of(job), lambda n: [{"input_ids": ids, "labels": ids}]), tmp_path)
+    seen = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        adapter = start()
+        assert all(d.config.r == 16 for d in adapter.deltas.values()) and len(adapter.deltas) == 21
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        seen.append(loss.item())
+        with torch.no_grad():
+            for p in adapter.parameters():
+                assert p.grad is not None
+                p.add_(0.1)
+        adapter.detach()
+    assert seen[0] == seen[1]
+    assert job.lr == dt.LoRA.lr
+    if name != "lora":
+        assert 2 < cells.bits(model) < (6.1 if name == "qa_lora" else 4.6 if name == "qlora" else 2.6)  # with tables
