@@ -44,10 +44,19 @@ def plain(x: Tensor, parts: list[Part]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(("d_outs", "ranks"), [((7,), (3,)), ((7, 1), (3, 3)), ((7, 5, 11), (1, 4, 13))])
+@pytest.mark.parametrize(("d_outs", "ranks"), [((7,), (3,)), ((7, 1), (0, 3)), ((7, 5, 11), (1, 4, 13))])
 @pytest.mark.parametrize("shape", [(13,), (5, 13), (2, 3, 13)])
-def test_equal_to_plain(d_outs: tuple[int, ...], ranks: tuple[int, ...], biased: bool, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("narrow_first", [False, True])
+def test_equal_to_plain(
+    d_outs: tuple[int, ...],
+    ranks: tuple[int, ...],
+    biased: bool,
+    shape: tuple[int, ...],
+    narrow_first: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr(fused, "NARROW_FIRST", {"cpu"} if narrow_first else set())
     parts, x = parts_of(d_outs, biased, ranks), torch.randn(shape, **DOUBLE, requires_grad=True)
     ends = [x, *(p.a for p in parts), *(p.b for p in parts)]
     given = [torch.randn(*shape[:-1], n, **DOUBLE) for n in d_outs]
@@ -85,8 +94,10 @@ def test_differentiated_twice() -> None:
         torch.testing.assert_close(own, other)
 
 
-def test_written_into() -> None:
+@pytest.mark.parametrize("narrow_first", [False, True])
+def test_written_into(narrow_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others may add to an output in place, as a second update of the layer does."""
+    monkeypatch.setattr(fused, "NARROW_FIRST", {"cpu"} if narrow_first else set())
     parts, x = parts_of((7,), False, (3,)), torch.randn(2, 4, 13, **DOUBLE, requires_grad=True)
     (y,) = together(x, parts)
     y.mul_(2.0)
@@ -141,7 +152,7 @@ def step(model: LlamaForCausalLM) -> list[Tensor]:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Inputs are made again; how many layers ran in each call."""
+    """Narrow products first, inputs made again; how many layers ran in each call."""
     seen: list[int] = []
     own = fused.together
 
@@ -150,6 +161,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return own(x, parts)
 
     monkeypatch.setattr(fused, "together", counted)
+    monkeypatch.setattr(fused, "NARROW_FIRST", {"cpu"})
     monkeypatch.setattr(fused, "REMADE", {"cpu"})
     return seen
 

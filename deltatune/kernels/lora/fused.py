@@ -19,6 +19,8 @@ from torch import Tensor
 from .kept import recipe
 from .naive import add, add_low_rank
 
+# where the narrow product comes first: elsewhere the order is that of the plain form, and with it the last bits
+NARROW_FIRST = {"cuda"}
 # where an input is made again in the backward rather than kept: memory is what a GPU is short of
 REMADE = {"cuda"}
 
@@ -73,14 +75,14 @@ class _LowRank(torch.autograd.Function):
         flat, found = _flat(x), []
         for p, own in zip(parts, _columns(h, [p.a for p in parts]), strict=True):
             weight = _matrix(p.weight, p.read)
-            if x.is_cuda:
-                bias = own if p.bias is None else p.bias
-                y = torch.addmm(
-                    bias[:1, :1] if p.bias is None else bias, own, p.low[1].t(), beta=p.bias is not None, alpha=p.scale
-                )
+            if x.device.type in NARROW_FIRST:
+                if p.bias is None:
+                    y = torch.addmm(flat[:1, :1], own, p.low[1].t(), beta=0, alpha=p.scale)
+                else:
+                    y = torch.addmm(p.bias, own, p.low[1].t(), alpha=p.scale)
                 # not `view`, which autograd would let nobody write into
                 found.append(torch.ops.aten._unsafe_view(y.addmm_(flat, weight.t()), (*shape, len(weight))))
-            else:  # the order, and with it the last bits, of the plain form
+            else:
                 y = F.linear(x, weight, p.bias)
                 added = add(y, own, p.low[1], p.scale)
                 found.append(y if added.data_ptr() == y.data_ptr() else added)
