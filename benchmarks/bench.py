@@ -137,6 +137,34 @@ def agree(what: str, a: Tensor, b: Tensor, most: float) -> None:
         raise Red(f"{what}: ||a - b|| / ||b|| = {error:.1e}, more than {most:.0e}")
 
 
+def alike(
+    ours: Callable[[], nn.Module],
+    theirs: Callable[[], nn.Module],
+    options: Options,
+    dtype: torch.dtype,
+    of_logits: float,
+    of_grads: float,
+) -> None:
+    """Raise Red unless both, filled alike, give the same logits and gradients of their pairs, within these relative errors."""
+    ids = batch(options.shape, options.device)[:1, :64]
+    found = []
+    for make in (ours, theirs):
+        model = make()
+        fill(model)
+        out = model(input_ids=ids, labels=ids)
+        out.loss.backward()
+        found.append((out.logits.detach(), {n: [p.grad for p in pair] for n, pair in pairs_of(model).items()}))
+        del model, out
+        gc.collect()
+    (logits, grads), (other, others) = found
+    agree(f"{dtype} logits", logits, other, of_logits)
+    if grads.keys() != others.keys():
+        raise ValueError(f"the adapted layers differ: {sorted(grads.keys() ^ others.keys())[:4]}")
+    for name, pair in grads.items():
+        for key, a, b in zip("AB", pair, others[name], strict=True):
+            agree(f"{dtype} gradient of {name} {key}", a, b, of_grads)
+
+
 def in_turns(functions: Mapping[str, Callable[[], Any]], n: int, device: str = "cpu") -> dict[str, list[float]]:
     """Seconds of `n` calls of each, in turns, the garbage collector off as in timeit."""
     times: dict[str, list[float]] = {name: [] for name in functions}

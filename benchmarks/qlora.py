@@ -17,16 +17,14 @@ from bench import (
     SHAPES,
     Options,
     Row,
-    agree,
+    alike,
     batch,
     begun,
     benchmark,
-    fill,
     in_turns,
     llama,
     markdown,
     median,
-    pairs_of,
     wait,
     write,
 )
@@ -63,23 +61,8 @@ def prepared(name: str, options: Options, dtype: torch.dtype) -> nn.Module:
 
 def check(options: Options, dtype: torch.dtype, of_logits: float, of_grads: float) -> None:
     """Raise Red unless ours gives HF PEFT's logits and gradients, within these relative errors."""
-    ids = batch(options.shape, options.device)[:1, :64]
-    found = []
-    for name in ("ours", "HF PEFT"):
-        model = prepared(name, options, dtype)
-        fill(model)
-        out = model(input_ids=ids, labels=ids)
-        out.loss.backward()
-        found.append((out.logits.detach(), {n: [p.grad for p in pair] for n, pair in pairs_of(model).items()}))
-        del model, out
-        gc.collect()
-    (logits, grads), (other, others) = found
-    agree(f"{dtype} logits", logits, other, of_logits)
-    if grads.keys() != others.keys():
-        raise ValueError(f"the adapted layers differ: {sorted(grads.keys() ^ others.keys())[:4]}")
-    for layer, pair in grads.items():
-        for key, a, b in zip("AB", pair, others[layer], strict=True):
-            agree(f"{dtype} gradient of {layer} {key}", a, b, of_grads)
+    both = (lambda name=name: prepared(name, options, dtype) for name in ("ours", "HF PEFT"))
+    alike(*both, options, dtype, of_logits, of_grads)
 
 
 class Stepped:

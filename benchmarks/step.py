@@ -8,7 +8,7 @@ import gc
 from collections.abc import Callable
 
 import torch
-from bench import Options, Row, agree, batch, benchmark, fill, in_turns, llama, low, pairs_of
+from bench import Options, Row, alike, batch, benchmark, in_turns, llama, low
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -100,20 +100,5 @@ def steps(model: nn.Module, ids: Tensor, device: str) -> list[float]:
 
 def check(options: Options, dtype: torch.dtype, of_logits: float, of_grads: float) -> None:
     """Raise Red unless ours and HF PEFT give the same logits and gradients, within these relative errors."""
-    ids = batch(options.shape, options.device)[:1, :64]
-    found = []
-    for prepare in (ours, peft):
-        model = prepare(llama(options.shape, options.device, dtype))
-        fill(model)
-        out = model(input_ids=ids, labels=ids)
-        out.loss.backward()
-        found.append((out.logits.detach(), {n: [p.grad for p in pair] for n, pair in pairs_of(model).items()}))
-        del model, out
-        gc.collect()
-    (logits, grads), (other, others) = found
-    agree(f"{dtype} logits", logits, other, of_logits)
-    if grads.keys() != others.keys():
-        raise ValueError(f"the adapted layers differ: {sorted(grads.keys() ^ others.keys())[:4]}")
-    for name, pair in grads.items():
-        for key, a, b in zip("AB", pair, others[name], strict=True):
-            agree(f"{dtype} gradient of {name} {key}", a, b, of_grads)
+    both = (lambda make=make: make(llama(options.shape, options.device, dtype)) for make in (ours, peft))
+    alike(*both, options, dtype, of_logits, of_grads)

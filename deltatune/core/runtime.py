@@ -499,6 +499,7 @@ def lowered(
         return forward(model, *args, **kwargs)
     finally:
         frame.low = None
+        frame.ahead.clear()  # of a layer that did not run, or of a forward that was cut off
 
 
 @functools.cache

@@ -260,3 +260,19 @@ def test_inputs_are_let_go(as_on_a_gpu: list[int], to: str) -> None:
     gc.collect()
     assert len(seen) == 2 and not any(ref() is not None for ref in seen)
     loss.backward()
+
+
+def test_a_forward_that_is_cut_off_leaves_nothing() -> None:
+    model = llama()
+    dt.attach(model, "lora", where="all-linear", r=4)
+    ids = torch.arange(18).view(2, 9)
+
+    def stop(module: torch.nn.Module, args: object) -> None:
+        raise RuntimeError("cut off")
+
+    hook = model.model.layers[1].self_attn.k_proj.register_forward_pre_hook(stop)
+    with pytest.raises(RuntimeError, match="cut off"):
+        model(input_ids=ids)
+    hook.remove()
+    assert not model.__dict__["_deltatune"].frame.ahead
+    torch.testing.assert_close(copy.deepcopy(model)(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -112,11 +112,11 @@ class _LowRank(torch.autograd.Function):
             else:
                 torch.addmm(into, dy, up, beta=0, alpha=scale, out=into)
             of_b.append(
-                _product(dy.t(), own if scale == 1 else own * scale, to.dtype) if on and dy is not None else None
+                product(dy.t(), own if scale == 1 else own * scale, to.dtype) if on and dy is not None else None
             )
         of_a: Sequence[Tensor | None] = [None] * n
         if any(needed[1 : 1 + n]):
-            of_a = _rows(_product(g.t(), flat, a[0].dtype), a)
+            of_a = _rows(product(g.t(), flat, a[0].dtype), a)
         dx: Tensor | None = None
         if needed[0]:
             dx = g @ down
@@ -147,10 +147,10 @@ def _rows(t: Tensor, a: Sequence[Tensor]) -> Sequence[Tensor]:
     return (t,) if len(a) == 1 else t.split_with_sizes([len(one) for one in a])
 
 
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left right in `dtype`, rounded once."""
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left right, of matrices or of a batch of them, in `dtype`, rounded once."""
     if left.is_cuda and dtype == torch.float32 and left.dtype != dtype:
-        return torch.mm(left, right, out_dtype=dtype)
+        return (torch.mm if left.ndim == 2 else torch.bmm)(left, right, out_dtype=dtype)
     return (left @ right).to(dtype)
 
 

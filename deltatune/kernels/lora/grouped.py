@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .fused import product
+
 
 def add_grouped(y: Tensor, x: Tensor, pairs: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
     """`y` (n N, ..., O) plus, on the k-th of the N = len(pairs) blocks, s_k B_k A_k x; x (n N, ..., I), A_k (R_k, I), B_k (O, R_k).
@@ -53,7 +55,7 @@ class _Grouped(torch.autograd.Function):
         rows, dy = x.reshape(n, -1, x.shape[-1]), grads[0].reshape(n, -1, grads[0].shape[-1])
         g = _scaled(torch.bmm(dy, up), ctx.scales)
         of_x = torch.bmm(g, down).view(x.shape) if ctx.needs_input_grad[1] else None
-        of_a, of_b = (_product(*two, ctx.like[0][1]) for two in ((g.mT, rows), (dy.mT, h)))
+        of_a, of_b = (product(*two, ctx.like[0][1]) for two in ((g.mT, rows), (dy.mT, h)))
         cut_a = [of_a[k, : shape[0]].to(dtype) for k, (shape, dtype) in enumerate(ctx.like[:n])]
         cut_b = [of_b[k, :, : shape[1]].to(dtype) for k, (shape, dtype) in enumerate(ctx.like[n:])]
         return (grads[0], of_x, None, *cut_a, *cut_b)
@@ -69,10 +71,3 @@ def _scaled(t: Tensor, scales: tuple[float, ...]) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _column(scales: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(scales, dtype=dtype, device=device).view(-1, 1, 1)
-
-
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left right, for fp32 factors under bf16 activations rounded once."""
-    if left.is_cuda and dtype == torch.float32 and left.dtype != dtype:
-        return torch.bmm(left, right, out_dtype=dtype)
-    return torch.bmm(left, right)
